@@ -1,0 +1,1150 @@
+"""The cluster: an exact event-driven simulator, the classical priority rules, and a Gymnasium environment.
+
+    import gymnasium as gym, scheduler_env
+    envs = gym.make_vec("ResourceRL/Scheduler-v0", num_envs=64, workload="cloud")
+    schedule = scheduler_env.simulate(load_workload("cloud", "test"), "easy-sjf")
+
+The file reads downwards: rules, the state of one simulation, events, what a rule decides, roll-outs, observations, one
+step, and at the end the Python classes. Functions marked ``@kernel`` are compiled by Numba (once, then cached).
+
+Vocabulary: the *head* is the job a rule wants to start next; its *shadow time* is the earliest time at which it fits if
+every running job ended at its requested time; *backfilling* starts other jobs that cannot delay it (EASY: Lifka 1995,
+Mu'alem & Feitelson 2001). Times are seconds. Jobs are numbered by submission within an episode.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numba
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from workloads import Cluster, Jobs, Workload, load_workload
+
+kernel = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+# --------------------------------------------------------------------------------------------------------- rules
+# Orders: the first eight never change while a job waits, so the queue is kept sorted by them.
+FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, SJF_HISTORY, SAF_HISTORY, TETRIS = range(14)
+ORDERS = {
+    "fifo": FIFO,
+    "sjf": SJF,
+    "saf": SAF,
+    "ljf": LJF,
+    "f1": F1,
+    "wfp3": WFP3,
+    "unicep": UNICEP,
+    "xf": XF,
+    "sjf-history": SJF_HISTORY,
+    "saf-history": SAF_HISTORY,
+}
+BLOCKING, GREEDY, EASY = range(3)  # what happens while the head does not fit: nothing, anything, backfilling
+FASTEST, BEST_FIT, FIRST, ROUND_ROBIN, RANDOM_NODE = range(5)
+OBJECTIVES = {"latency": 0, "wait": 1, "slowdown": 2}
+LATENCY, WAIT, SLOWDOWN = range(3)
+SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in parallel job scheduling", 1997
+
+
+class Rule(NamedTuple):
+    """A classical scheduler: the order of heads, the order of backfill, the mode, and the choice of node."""
+
+    name: str
+    head: int
+    backfill: int
+    mode: int
+    nodes: int = FASTEST
+
+
+_NAMED_RULES = {
+    "tetris": Rule("tetris", TETRIS, TETRIS, GREEDY),  # Grandl et al., SIGCOMM 2014: alignment of demand and free
+    "best-fit": Rule("best-fit", FIFO, FIFO, GREEDY, BEST_FIT),
+    "fastest-node": Rule("fastest-node", FIFO, FIFO, GREEDY, FASTEST),
+    "round-robin": Rule("round-robin", FIFO, FIFO, GREEDY, ROUND_ROBIN),
+    "random": Rule("random", RANDOM, RANDOM, GREEDY, RANDOM_NODE),
+    "fifo-first-fit": Rule("fifo-first-fit", FIFO, FIFO, GREEDY, FIRST),
+}
+RULES: tuple[str, ...] = (
+    *ORDERS,
+    *(f"greedy-{order}" for order in ORDERS),
+    *(f"easy-{order}" for order in ORDERS),
+    *(f"easy-{order}+sjf" for order in ("fifo", "f1", "wfp3", "unicep", "xf")),
+    *(f"easy-{order}+sjf-history" for order in ("fifo", "wfp3", "xf")),
+    *_NAMED_RULES,
+)
+
+
+def parse_rule(name: str) -> Rule:
+    """The rule ``[easy-|greedy-]ORDER[+BACKFILL]`` or one of the named ones.
+
+    Without a prefix the head blocks the queue; ``greedy-`` starts anything that fits, in order; ``easy-`` reserves the
+    head's shadow time and backfills in BACKFILL order (the same as ORDER unless given).
+
+    Raises:
+        ValueError: the name is unknown; the message lists what is known.
+    """
+    if name in _NAMED_RULES:
+        return _NAMED_RULES[name]
+    mode, order = BLOCKING, name
+    for prefix, prefix_mode in (("easy-", EASY), ("greedy-", GREEDY)):
+        if name.startswith(prefix):
+            mode, order = prefix_mode, name[len(prefix) :]
+    head, plus, backfill = order.partition("+")
+    if head not in ORDERS or (plus and (mode != EASY or backfill not in ORDERS)):
+        known = ", ".join([*ORDERS, *_NAMED_RULES])
+        raise ValueError(f"unknown rule {name!r}: use [easy-|greedy-]ORDER or easy-ORDER+BACKFILL; known: {known}")
+    return Rule(name, ORDERS[head], ORDERS[backfill] if plus else ORDERS[head], mode)
+
+
+def static_score(order: int, jobs: Jobs, size: np.ndarray) -> np.ndarray:
+    """float64[N]: the score of every job (lowest first) under an order that does not change while it waits."""
+    if order in (SJF, LJF):
+        return jobs.requested_time if order == SJF else -jobs.requested_time
+    if order == SAF:
+        return jobs.requested_time * size
+    if order == F1:  # Carastan-Santos & de Camargo, SC'17, table 3
+        return np.log10(np.maximum(jobs.requested_time, 0.1)) * size + 870 * np.log10(np.maximum(jobs.submit_time, 0.1))
+    if order == RANDOM:
+        return np.random.default_rng(0).random(len(jobs))
+    return jobs.submit_time
+
+
+# --------------------------------------------------------------------------------- the state of one simulation
+# What does not change in an episode. Job arrays have one entry per job of the episode.
+Problem = namedtuple(
+    "Problem",
+    "submit run requested demand size head_score backfill_score features groups capacity speed unit "
+    "head backfill mode nodes sorted_head objective easy lock_in",
+)
+# What does. `start` and `node` hold, for a job that has not started, what the reference rule is going to do with it:
+# the trajectory that roll-outs keep up to date. `queue` is in order of submission, `order` in the rule's backfill order.
+Sim = namedtuple("Sim", "s queue order end end_job due due_job free spare start node history")
+SCALARS = np.dtype(
+    [("now", "f8"), ("shadow", "f8"), ("gain", "f8"), ("clear", "f8"), ("cost", "f8"), ("paid", "f8")]
+    + [("paid_first", "f8"), ("returned", "f8")]
+    + [(name, "i8") for name in "first arrived stop queued running scan reserved reserved_node started".split()]
+    + [(name, "i8") for name in "rule_job rule_node visible counted on_track decisions".split()]
+)
+LAST, PREVIOUS, COUNT, FEATURE = range(4)  # of a row of `history`: run times of the jobs of a group that have finished
+
+
+@kernel
+def leftmost(keys, ids, count, key, index):
+    """The first position of keys[:count] (ascending, ties by id) that is not before (key, index)."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if keys[middle] < key or (keys[middle] == key and ids[middle] < index):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel
+def position_in_order(sim, p, i):
+    low, high, key = 0, sim.s[0].queued, p.backfill_score[i]
+    while low < high:
+        middle = (low + high) // 2
+        j = sim.order[middle]
+        if p.backfill_score[j] < key or (p.backfill_score[j] == key and j < i):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel
+def position_in_queue(sim, i):
+    low, high = 0, sim.s[0].queued
+    while low < high:
+        middle = (low + high) // 2
+        if sim.queue[middle] < i:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel
+def enqueue(sim, p, i):
+    s = sim.s[0]
+    where = position_in_order(sim, p, i)
+    for k in range(s.queued, where, -1):
+        sim.order[k] = sim.order[k - 1]
+    sim.order[where] = i
+    sim.queue[s.queued] = i
+    s.queued += 1
+
+
+@kernel
+def dequeue(sim, p, i):
+    s = sim.s[0]
+    where = position_in_order(sim, p, i)
+    if where < s.scan:
+        s.scan -= 1
+    for k in range(where, s.queued - 1):
+        sim.order[k] = sim.order[k + 1]
+    for k in range(position_in_queue(sim, i), s.queued - 1):
+        sim.queue[k] = sim.queue[k + 1]
+    s.queued -= 1
+
+
+@kernel
+def job_cost(p, i, begin, m):
+    """What a job that begins at that time on that node costs: latency, wait or bounded slowdown."""
+    wait = begin - p.submit[i]
+    if p.objective == WAIT:
+        return wait
+    latency = wait + p.run[i] / p.speed[m]
+    if p.objective == LATENCY:
+        return latency
+    return max(1.0, latency / max(p.run[i], SLOWDOWN_BOUND))
+
+
+@kernel
+def waiting_cost(p, i, now):
+    """The part of a queued job's cost that has accrued by waiting until now."""
+    wait = now - p.submit[i]
+    if p.objective == SLOWDOWN:
+        return max(0.0, (wait + p.run[i]) / max(p.run[i], SLOWDOWN_BOUND) - 1.0)
+    return wait
+
+
+@kernel
+def fits(sim, p, i, m):
+    for r in range(p.demand.shape[1]):
+        if p.demand[i, r] > sim.free[m, r] + 1e-9:  # fractional demands add up with rounding
+            return False
+    return True
+
+
+@kernel
+def allowed(sim, p, i, m):
+    """Whether job i may start on node m now: it fits and does not delay the reservation, if there is one."""
+    if not fits(sim, p, i, m):
+        return False
+    s = sim.s[0]
+    if s.reserved < 0:
+        return True
+    if i == s.reserved:
+        return False
+    if m != s.reserved_node or s.now + p.requested[i] / p.speed[m] <= s.shadow:
+        return True
+    for r in range(p.demand.shape[1]):
+        if p.demand[i, r] > sim.spare[r] + 1e-9:
+            return False
+    return True
+
+
+@kernel
+def begin(sim, p, i, m):
+    """Start queued job i on node m; note what that changes against the trajectory stored so far."""
+    s = sim.s[0]
+    end, due = s.now + p.run[i] / p.speed[m], s.now + p.requested[i] / p.speed[m]
+    if s.reserved >= 0 and m == s.reserved_node and due > s.shadow:
+        for r in range(p.demand.shape[1]):
+            sim.spare[r] -= p.demand[i, r]
+    for r in range(p.demand.shape[1]):
+        sim.free[m, r] -= p.demand[i, r]
+    if sim.start[i] != s.now or sim.node[i] != m:
+        s.gain += job_cost(p, i, sim.start[i], sim.node[i]) - job_cost(p, i, s.now, m)
+        s.clear = max(s.clear, max(end, sim.start[i] + p.run[i] / p.speed[sim.node[i]]))
+        sim.start[i], sim.node[i] = s.now, m
+    s.paid += job_cost(p, i, s.now, m)
+    dequeue(sim, p, i)
+    k = s.running  # `end` descends, so that the next completion is the last entry; equal ones leave in order of start
+    while k > 0 and sim.end[k - 1] <= end:
+        sim.end[k], sim.end_job[k] = sim.end[k - 1], sim.end_job[k - 1]
+        k -= 1
+    sim.end[k], sim.end_job[k] = end, i
+    where = leftmost(sim.due, sim.due_job, s.running, due, i)
+    for k in range(s.running, where, -1):
+        sim.due[k], sim.due_job[k] = sim.due[k - 1], sim.due_job[k - 1]
+    sim.due[where], sim.due_job[where] = due, i
+    s.running += 1
+    s.started += 1
+
+
+# ------------------------------------------------------------------------------------------------------- events
+@kernel
+def remember(sim, p, i):
+    """A job has finished: its run time becomes known to the history of its user and its kind."""
+    for c in range(p.groups.shape[1]):
+        g = p.groups[i, c]
+        if g >= 0:
+            h = sim.history[g]
+            h[PREVIOUS], h[LAST] = h[LAST], p.run[i]
+            h[COUNT] += 1
+            h[FEATURE] = np.log1p(h[LAST] if h[COUNT] == 1 else 0.5 * (h[LAST] + h[PREVIOUS])) / 12
+
+
+@kernel
+def complete(sim, p):
+    """Release the running job that ends first."""
+    s = sim.s[0]
+    s.running -= 1
+    i = sim.end_job[s.running]
+    m = sim.node[i]
+    for r in range(p.demand.shape[1]):
+        sim.free[m, r] += p.demand[i, r]
+    due = sim.start[i] + p.requested[i] / p.speed[m]
+    for k in range(leftmost(sim.due, sim.due_job, s.running + 1, due, i), s.running):
+        sim.due[k], sim.due_job[k] = sim.due[k + 1], sim.due_job[k + 1]
+    if sim.history.shape[0] > 0:
+        remember(sim, p, i)
+
+
+@kernel
+def next_event(sim, p):
+    """Move to the next instant at which jobs end or arrive, and handle all of them. False: nothing is to come."""
+    s = sim.s[0]
+    if s.running == 0 and s.arrived == s.stop:
+        return False
+    now = sim.end[s.running - 1] if s.running > 0 else np.inf
+    if s.arrived < s.stop:
+        now = min(now, p.submit[s.arrived])
+    s.now = now
+    while s.running > 0 and sim.end[s.running - 1] <= now:
+        complete(sim, p)
+    while s.arrived < s.stop and p.submit[s.arrived] <= now:
+        enqueue(sim, p, s.arrived)
+        s.arrived += 1
+    s.reserved, s.scan = -1, 0
+    return True
+
+
+@kernel
+def shadow_time(sim, p, i, m, spare):
+    """When job i would fit on node m if running jobs ended as requested (overdue ones: in a second).
+
+    Leaves in `spare` what is free at that time beside the job.
+    """
+    s = sim.s[0]
+    when = s.now
+    for r in range(spare.shape[0]):
+        spare[r] = sim.free[m, r] - p.demand[i, r]
+    missing = spare.min() < -1e-9
+    for k in range(s.running):
+        if not missing:
+            break
+        j = sim.due_job[k]
+        if sim.node[j] == m:
+            when = max(s.now + 1.0, sim.due[k])
+            missing = False
+            for r in range(spare.shape[0]):
+                spare[r] += p.demand[j, r]
+                missing |= spare[r] < -1e-9
+    return when
+
+
+@kernel
+def reserve(sim, p, i, m):
+    s = sim.s[0]
+    s.shadow = shadow_time(sim, p, i, m, sim.spare)
+    s.reserved, s.reserved_node, s.scan = i, m, 0
+
+
+# ------------------------------------------------------------------------------------------- what a rule decides
+@kernel
+def estimate(sim, p, i):
+    """Mean of the user's last two run times, at most what was requested (Tsafrir, Etsion & Feitelson 2007)."""
+    g = p.groups[i, 0]
+    if g < 0 or sim.history[g, COUNT] < 2:
+        return p.requested[i]
+    return min(p.requested[i], 0.5 * (sim.history[g, LAST] + sim.history[g, PREVIOUS]))
+
+
+@kernel
+def score(sim, p, order, i):
+    """The score (lowest first) of job i under an order that changes with time."""
+    wait = sim.s[0].now - p.submit[i]
+    if order == WFP3:  # Tang et al., Cluster 2009
+        ratio = wait / p.requested[i]
+        return -(ratio * ratio * ratio) * p.size[i]
+    if order == UNICEP:
+        return -wait / (max(1e-3, np.log2(p.size[i])) * p.requested[i])
+    if order == UNICEP_RLSCHEDULER:
+        return -(wait + 1e-15) / (np.log2(p.size[i] + 1e-15) * p.requested[i])
+    if order == XF:
+        return -(wait + p.requested[i]) / p.requested[i]
+    if order == SJF_HISTORY:
+        return estimate(sim, p, i)
+    return estimate(sim, p, i) * p.size[i]  # SAF_HISTORY
+
+
+@kernel
+def head_job(sim, p):
+    if p.sorted_head:
+        return sim.order[0]
+    if p.head == FIFO:
+        return sim.queue[0]
+    best, best_score = -1, np.inf
+    for k in range(sim.s[0].queued):
+        i = sim.queue[k]
+        value = p.head_score[i] if p.head <= STATIC else score(sim, p, p.head, i)
+        if value < best_score or best < 0:
+            best, best_score = i, value
+    return best
+
+
+@kernel
+def choose_node(sim, p, i):
+    """The node on which a rule starts job i now, -1 where it may not start."""
+    nodes = p.speed.shape[0]
+    if nodes == 1:
+        return 0 if allowed(sim, p, i, 0) else -1
+    offset = 0
+    if p.nodes == ROUND_ROBIN:
+        offset = sim.s[0].started % nodes
+    elif p.nodes == RANDOM_NODE:
+        offset = (i * 2654435761 % 4294967296) % nodes
+    best, best_speed, best_left = -1, -1.0, np.inf
+    for k in range(nodes):
+        m = (k + offset) % nodes
+        if not allowed(sim, p, i, m):
+            continue
+        if p.nodes >= FIRST:
+            return m
+        left = 0.0
+        for r in range(p.demand.shape[1]):
+            left += (sim.free[m, r] - p.demand[i, r]) * p.unit[r]
+        speed = p.speed[m] if p.nodes == FASTEST else 0.0
+        if speed > best_speed or (speed == best_speed and left < best_left):
+            best, best_speed, best_left = m, speed, left
+    return best
+
+
+@kernel
+def choose_reservation(sim, p, i):
+    """The node on which job i would end first; sim.spare is left as that of some node."""
+    best, best_end = -1, np.inf
+    for m in range(p.speed.shape[0]):
+        possible = True
+        for r in range(p.demand.shape[1]):
+            possible &= p.demand[i, r] <= p.capacity[m, r]
+        if possible:
+            end = shadow_time(sim, p, i, m, sim.spare) + p.requested[i] / p.speed[m]
+            if end < best_end:
+                best, best_end = m, end
+    return best
+
+
+@kernel
+def most_aligned(sim, p):
+    """Tetris: the job and node, among those allowed, with the largest product of demand and free."""
+    best, best_node, best_score = -1, -1, -1.0
+    for k in range(sim.s[0].queued):
+        i = sim.queue[k]
+        for m in range(p.speed.shape[0]):
+            if allowed(sim, p, i, m):
+                alignment = 0.0
+                for r in range(p.demand.shape[1]):
+                    alignment += p.demand[i, r] * sim.free[m, r] * p.unit[r] * p.unit[r]
+                if alignment > best_score:
+                    best, best_node, best_score = i, m, alignment
+    return best, best_node
+
+
+@kernel
+def first_allowed(sim, p):
+    """The first job in backfill order that may start now, and its node; (-1, -1) where there is none."""
+    s = sim.s[0]
+    if p.backfill == TETRIS:
+        return most_aligned(sim, p)
+    if p.backfill <= STATIC:  # what was passed over cannot start before the next event: s.scan goes on behind it
+        while s.scan < s.queued:
+            i = sim.order[s.scan]
+            m = choose_node(sim, p, i)
+            if m >= 0:
+                return i, m
+            s.scan += 1
+        return -1, -1
+    best, best_node, best_score = -1, -1, np.inf
+    for k in range(s.queued):
+        i = sim.queue[k]
+        m = choose_node(sim, p, i)
+        if m >= 0:
+            value = score(sim, p, p.backfill, i)
+            if value < best_score:
+                best, best_node, best_score = i, m, value
+    return best, best_node
+
+
+@kernel
+def rule_decision(sim, p):
+    """What the rule does next: start or reserve (job, node); (-1, -1): wait for the next event."""
+    s = sim.s[0]
+    if s.queued == 0:
+        return -1, -1
+    if s.reserved < 0 and p.mode != GREEDY:
+        head = head_job(sim, p)
+        m = choose_node(sim, p, head)
+        return head, m if m >= 0 else choose_reservation(sim, p, head)
+    if p.mode == BLOCKING:
+        return -1, -1
+    return first_allowed(sim, p)
+
+
+@kernel
+def act(sim, p, i, m):
+    if fits(sim, p, i, m):
+        begin(sim, p, i, m)
+    else:
+        reserve(sim, p, i, m)
+
+
+@kernel
+def lock_in_event(sim, p):
+    """RLScheduler's clock: one arrival, or else one completion, at a time."""
+    s = sim.s[0]
+    end = sim.end[s.running - 1] if s.running > 0 else np.inf
+    if s.arrived < s.stop and p.submit[s.arrived] <= end:
+        s.now = max(s.now, p.submit[s.arrived])
+        enqueue(sim, p, s.arrived)
+        s.arrived += 1
+    elif s.running > 0:
+        s.now = max(s.now, end)
+        complete(sim, p)
+    else:
+        return False
+    return True
+
+
+@kernel
+def due_of(sim, p, k):
+    """The requested end of the k-th entry of `end_job`."""
+    i = sim.end_job[k]
+    return sim.start[i] + p.requested[i] / p.speed[sim.node[i]]
+
+
+@kernel
+def lock_in_start(sim, p, i, m):
+    """RLScheduler's step (SC'20): job i holds the queue until it has started.
+
+    The shadow time is computed once; before each event the queued jobs that fit and would end before it start, first
+    come, first served; there is no spare-node rule.
+    """
+    s = sim.s[0]
+    s.reserved = -1
+    shadow = s.now
+    if not fits(sim, p, i, m):
+        for k in range(1, s.running):  # its sort by requested end is what orders equal ends from now on
+            j = k
+            while j > 0 and p.easy and sim.end[j - 1] == sim.end[j] and due_of(sim, p, j - 1) < due_of(sim, p, j):
+                sim.end_job[j - 1], sim.end_job[j] = sim.end_job[j], sim.end_job[j - 1]
+                j -= 1
+        free = sim.free[m] - p.demand[i]
+        for k in range(s.running):
+            j = sim.due_job[k]
+            if sim.node[j] == m:
+                free += p.demand[j]
+                shadow = sim.due[k]
+                if free.min() >= 0:
+                    break
+    while not fits(sim, p, i, m):
+        k = 0
+        while p.easy and k < s.queued:
+            j = sim.queue[k]
+            if s.now + p.requested[j] / p.speed[m] < shadow and fits(sim, p, j, m):
+                begin(sim, p, j, m)
+            else:
+                k += 1
+        lock_in_event(sim, p)
+    begin(sim, p, i, m)
+
+
+@kernel
+def overtaken(sim):
+    """Whether a job still queued here has started on the stored trajectory."""
+    for k in range(sim.s[0].queued):
+        if sim.start[sim.queue[k]] <= sim.s[0].now:
+            return True
+    return False
+
+
+@kernel
+def finish_by_rule(sim, p, full):
+    """Let the rule go on to the end, or until it meets the trajectory stored in `start` and `node`.
+
+    They have met when, at the end of an instant, every job that started differently has ended in both (`clear`) and
+    none waits here that has started there: from then on the two are the same.
+    """
+    s = sim.s[0]
+    while p.lock_in:
+        while s.queued == 0:
+            if not lock_in_event(sim, p):
+                return
+        i = head_job(sim, p)
+        m = choose_node(sim, p, i)
+        lock_in_start(sim, p, i, m if m >= 0 else choose_reservation(sim, p, i))
+        s.decisions += 1
+    while True:
+        i, m = rule_decision(sim, p)
+        if i >= 0:
+            act(sim, p, i, m)
+            s.decisions += 1
+        elif (not full and s.now >= s.clear and not overtaken(sim)) or not next_event(sim, p):
+            return
+
+
+# ------------------------------------------------------------------------------------ observations and one step
+JOB_FEATURES = ("present", "requested", "size", "area", "waited", "expansion", "fits", "may_start", "earliest_start")
+JOB_FEATURES += ("reserved", "rule_choice", "position", "user_time", "user_known", "request_time", "request_known")
+JOB_FEATURES += ("kind_time", "kind_known")  # then R columns: demand over the largest node's capacity
+NODE_FEATURES = ("speed", "reserved", "shadow", "next_release", "rule_choice")  # then R of free and R of capacity
+CLUSTER_FEATURES = ("queued", "hidden", "running", "reservation", "shadow", "rule_waits", "queued_work")
+PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION = range(12)
+HISTORY = 12
+STATIC_FEATURES = 4  # the first ones never change while a job waits
+JOB_WIDTH, NODE_WIDTH, CLUSTER_WIDTH = len(JOB_FEATURES), len(NODE_FEATURES), len(CLUSTER_FEATURES)
+
+
+@kernel
+def can_choose(sim, p, window):
+    """Whether some visible job may start now."""
+    if sim.s[0].reserved >= 0 and not p.easy:
+        return False
+    for k in range(min(window, sim.s[0].queued)):
+        for m in range(p.speed.shape[0]):
+            if allowed(sim, p, sim.queue[k], m):
+                return True
+    return False
+
+
+@kernel
+def settle(sim, p, window):
+    """Let time pass until the agent has a choice. False: every job of the episode has started."""
+    s = sim.s[0]
+    while s.queued > 0 or s.arrived < s.stop:
+        if p.lock_in:
+            if s.queued > 0:
+                return True
+            lock_in_event(sim, p)
+            continue
+        if can_choose(sim, p, window):
+            return True
+        if s.on_track and (s.queued > window or not p.easy):  # the rule sees and may do what the agent cannot
+            i, m = rule_decision(sim, p)
+            if i >= 0 and not fits(sim, p, i, m):
+                reserve(sim, p, i, m)
+                i, m = rule_decision(sim, p)
+            s.on_track = i < 0
+        next_event(sim, p)
+    return False
+
+
+@kernel
+def job_row(sim, p, i, row, spare, legal):
+    """Fill the features of job i, and legal[m]: whether it may start or be reserved on node m."""
+    s = sim.s[0]
+    wait = np.float32(s.now - p.submit[i])
+    requested = np.float32(p.requested[i])
+    row[WAITED] = np.log(np.float32(1) + wait) * np.float32(1 / 12)
+    row[EXPANSION] = np.log(np.float32(1) + wait / requested) * np.float32(0.2)
+    fit = may = False
+    earliest = np.inf
+    for m in range(p.speed.shape[0]):
+        if fits(sim, p, i, m):
+            fit, earliest = True, 0.0
+            legal[m] = allowed(sim, p, i, m)
+            may |= legal[m]
+        else:
+            possible = True
+            for r in range(spare.shape[0]):
+                possible &= p.demand[i, r] <= p.capacity[m, r]
+            legal[m] = possible and (s.reserved < 0 or p.lock_in)
+            if possible and earliest > 0:
+                earliest = min(earliest, shadow_time(sim, p, i, m, spare) - s.now)
+    row[FITS], row[MAY_START] = fit, may
+    row[EARLIEST] = np.log(np.float32(1 + earliest)) * np.float32(1 / 12) if earliest > 0 else 0
+    row[RESERVED], row[RULE_CHOICE] = i == s.reserved, i == s.rule_job
+    for c in range(p.groups.shape[1]):
+        g = p.groups[i, c]
+        known = sim.history[g, COUNT] if g >= 0 else 0.0
+        row[HISTORY + 2 * c] = sim.history[g, FEATURE] if known > 0 else p.features[i, REQUESTED]
+        row[HISTORY + 2 * c + 1] = min(known, 2.0) * 0.5
+
+
+@kernel
+def observe(sim, p, window, obs, mask):
+    """Write the observation (float32[D], see `split`) and the mask (bool[K*M + 1]) of a decision point."""
+    s = sim.s[0]
+    nodes, resources = p.capacity.shape
+    visible = min(window, s.queued)
+    spare = np.empty(resources)
+    s.rule_job, s.rule_node = rule_decision(sim, p)
+    job_width, node_width = JOB_WIDTH + resources, NODE_WIDTH + 2 * resources
+    obs[:] = 0
+    mask[:] = False
+    work = 0.0
+    for k in range(visible):
+        i = sim.queue[k]
+        row = obs[k * job_width : (k + 1) * job_width]
+        for f in range(STATIC_FEATURES):
+            row[f] = p.features[i, f]
+        for r in range(resources):
+            row[JOB_WIDTH + r] = p.features[i, STATIC_FEATURES + r]
+        job_row(sim, p, i, row, spare, mask[k * nodes : (k + 1) * nodes])
+        row[POSITION] = k / window
+        work += p.requested[i] * p.size[i]
+    mask[window * nodes] = s.reserved >= 0 and not p.lock_in
+    until_shadow = np.log1p(max(0.0, s.shadow - s.now)) / 12 if s.reserved >= 0 else 0.0
+    for m in range(nodes):
+        row = obs[window * job_width + m * node_width : window * job_width + (m + 1) * node_width]
+        row[0] = p.speed[m] / p.speed.max()
+        if s.reserved >= 0 and m == s.reserved_node:
+            row[1], row[2] = 1, until_shadow
+        for k in range(s.running):
+            if sim.node[sim.due_job[k]] == m:
+                row[3] = np.log1p(max(0.0, sim.due[k] - s.now)) / 12
+                break
+        row[4] = m == s.rule_node
+        for r in range(resources):
+            row[NODE_WIDTH + r] = sim.free[m, r] * p.unit[r]
+            row[NODE_WIDTH + resources + r] = p.capacity[m, r] * p.unit[r]
+    row = obs[window * job_width + nodes * node_width :]
+    row[0] = np.log1p(s.queued) / 8
+    row[1] = np.log1p(s.queued - visible) / 8
+    row[2] = np.log1p(s.running) / 8
+    row[3], row[4] = s.reserved >= 0, until_shadow
+    row[5] = s.rule_job < 0
+    row[6] = np.log1p(work / p.capacity[:, 0].sum()) / 12
+    for a in range(mask.shape[0]):
+        row[CLUSTER_WIDTH + a] = mask[a]
+
+
+@kernel
+def copy_sim(sim, to):
+    s, t = sim.s[0], to.s[0]
+    t.now, t.shadow, t.gain, t.clear, t.paid = s.now, s.shadow, s.gain, s.clear, s.paid
+    t.arrived, t.stop, t.queued, t.running, t.scan = s.arrived, s.stop, s.queued, s.running, s.scan
+    t.reserved, t.reserved_node, t.started = s.reserved, s.reserved_node, s.started
+    to.queue[: s.queued] = sim.queue[: s.queued]
+    to.order[: s.queued] = sim.order[: s.queued]
+    to.end[: s.running], to.end_job[: s.running] = sim.end[: s.running], sim.end_job[: s.running]
+    to.due[: s.running], to.due_job[: s.running] = sim.due[: s.running], sim.due_job[: s.running]
+    to.free[:], to.spare[:] = sim.free, sim.spare
+    if to.history.shape[0] > 0:
+        to.history[:] = sim.history
+
+
+@kernel
+def accrued(sim, p):
+    """The cost so far of the jobs that had not started when the agent took over."""
+    cost = sim.s[0].paid
+    for k in range(sim.s[0].queued):
+        cost += waiting_cost(p, sim.queue[k], sim.s[0].now)
+    return cost
+
+
+# What an episode is: whole numbers and flags of the environment's arguments.
+Plan = namedtuple("Plan", "window warmup decided followup improvement full")
+# The run times of the past, by group (of `groups`) and in order of their end: rows offset[g] .. offset[g + 1].
+Past = namedtuple("Past", "offset end run")
+
+
+@kernel
+def episode_of(whole, batch, e):
+    """The views of environment e: its jobs, and its state."""
+    s = batch.s[e]
+    a, b = s.first, s.first + s.stop
+    p = Problem(
+        whole.submit[a:b], whole.run[a:b], whole.requested[a:b], whole.demand[a:b], whole.size[a:b],
+        whole.head_score[a:b], whole.backfill_score[a:b], whole.features[a:b], batch.groups[e],
+        whole.capacity, whole.speed, whole.unit, whole.head, whole.backfill, whole.mode, whole.nodes,
+        whole.sorted_head, whole.objective, whole.easy, whole.lock_in,
+    )  # fmt: skip
+    b = batch
+    sim = Sim(
+        b.s[e : e + 1], b.queue[e], b.order[e], b.end[e], b.end_job[e], b.due[e], b.due_job[e], b.free[e], b.spare[e],
+        b.start[e], b.node[e], b.history[e],
+    )  # fmt: skip
+    return p, sim
+
+
+@kernel
+def scratch_of(others, thread, sim):
+    """A state to roll out in: the thread's own, but for the trajectory, which is the environment's."""
+    b, e = others, thread
+    return Sim(
+        b.s[e : e + 1], b.queue[e], b.order[e], b.end[e], b.end_job[e], b.due[e], b.due_job[e], b.free[e], b.spare[e],
+        sim.start, sim.node, b.history[e],
+    )  # fmt: skip
+
+
+@kernel
+def seed_history(sim, p, groups, past, mark):
+    """Number the groups of the episode's jobs and give them what had ended before its first job was submitted."""
+    count = 0
+    for i in range(groups.shape[0]):
+        for c in range(groups.shape[1]):
+            g = groups[i, c]
+            if g >= 0 and mark[g] < 0:
+                mark[g] = count
+                first, last = past.offset[g], past.offset[g + 1]
+                while first < last:
+                    middle = (first + last) // 2
+                    if past.end[middle] <= p.submit[0]:
+                        first = middle + 1
+                    else:
+                        last = middle
+                h = sim.history[count]
+                h[COUNT] = first - past.offset[g]
+                h[LAST] = past.run[first - 1] if h[COUNT] >= 1 else 0.0
+                h[PREVIOUS] = past.run[first - 2] if h[COUNT] >= 2 else h[LAST]
+                h[FEATURE] = np.log1p(0.5 * (h[LAST] + h[PREVIOUS])) / 12
+                count += 1
+            p.groups[i, c] = mark[g] if g >= 0 else -1
+    for i in range(groups.shape[0]):
+        for c in range(groups.shape[1]):
+            if groups[i, c] >= 0:
+                mark[groups[i, c]] = -1
+
+
+@kernel
+def clear_sim(sim, p):
+    s = sim.s[0]
+    s.arrived, s.queued, s.running, s.scan, s.started, s.decisions = 0, 0, 0, 0, 0, 0
+    s.reserved, s.reserved_node, s.rule_job, s.rule_node = -1, -1, -1, -1
+    s.now, s.paid, s.returned, s.on_track = p.submit[0], 0.0, 0.0, 1
+    sim.free[:] = p.capacity
+    sim.start[:], sim.node[:] = np.inf, 0
+
+
+@kernel
+def reset_env(sim, p, other, plan):
+    """Let the rule run the warm-up, find the first choice, and simulate what the rule would make of the rest."""
+    s = sim.s[0]
+    clear_sim(sim, p)
+    while s.arrived <= plan.warmup:
+        if p.lock_in:
+            if s.queued > 0:
+                i = head_job(sim, p)
+                m = choose_node(sim, p, i)
+                lock_in_start(sim, p, i, m if m >= 0 else choose_reservation(sim, p, i))
+            else:
+                lock_in_event(sim, p)
+            continue
+        i, m = rule_decision(sim, p)
+        if i >= 0:
+            act(sim, p, i, m)
+        else:
+            next_event(sim, p)
+    settle(sim, p, plan.window)
+    s.paid, s.decisions = 0.0, 0
+    s.counted = s.queued + s.stop - s.arrived
+    s.paid_first = accrued(sim, p)
+    s.cost = s.paid_first
+    if plan.improvement:
+        copy_sim(sim, other)
+        finish_by_rule(other, p, True)
+        s.cost = other.s[0].paid - s.paid_first  # the reference's cost from here on: what rewards are relative to
+        if s.cost <= 0:
+            s.cost = np.float64(s.counted)
+
+
+@kernel
+def step_env(sim, p, other, plan, action):
+    """Take one action. Returns (reward, terminated, truncated)."""
+    s = sim.s[0]
+    nodes = p.speed.shape[0]
+    i = m = -1
+    if action < plan.window * nodes:
+        i, m = sim.queue[action // nodes], action % nodes
+    s.on_track = i == s.rule_job and m == s.rule_node
+    s.gain, s.clear = 0.0, -np.inf
+    if i < 0:
+        next_event(sim, p)
+    elif p.lock_in:
+        lock_in_start(sim, p, i, m)
+    else:
+        act(sim, p, i, m)
+    s.decisions += 1
+    more = settle(sim, p, plan.window)
+    truncated = more and plan.followup > 0 and s.arrived > plan.warmup + plan.decided
+    if plan.improvement:
+        reward = 0.0
+        if not s.on_track:
+            copy_sim(sim, other)
+            finish_by_rule(other, p, plan.full)
+            reward = other.s[0].gain / s.cost
+    else:
+        paid = accrued(sim, p)
+        if truncated:
+            copy_sim(sim, other)
+            finish_by_rule(other, p, True)
+            paid = other.s[0].paid
+        reward = (s.cost - paid) / s.counted
+        s.cost = paid
+    s.returned += reward
+    return reward, not more, truncated
+
+
+@kernel
+def reset_envs(indices, whole, batch, others, thread, past, mark, plan, obs, mask):
+    for e in indices:
+        p, sim = episode_of(whole, batch, e)
+        other = scratch_of(others, thread, sim)
+        first = batch.s[e].first
+        if sim.history.shape[0] > 0:
+            seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, mark)
+        reset_env(sim, p, other, plan)
+        observe(sim, p, plan.window, obs[e], mask[e])
+
+
+@kernel
+def step_envs(low, high, actions, whole, batch, others, thread, plan, obs, mask, rewards, terminated, truncated):
+    for e in range(low, high):
+        p, sim = episode_of(whole, batch, e)
+        other = scratch_of(others, thread, sim)
+        action = actions[e]
+        if action < 0 or action >= mask.shape[1] or not mask[e, action]:
+            action = np.argmax(mask[e])  # an illegal action counts as the first legal one
+        rewards[e], terminated[e], truncated[e] = step_env(sim, p, other, plan, action)
+        if not terminated[e]:
+            observe(sim, p, plan.window, obs[e], mask[e])
+        else:
+            obs[e], mask[e] = 0, False
+
+
+@kernel
+def replay_envs(low, high, whole, batch, past, mark):
+    """Every job of the episode scheduled by the rule."""
+    for e in range(low, high):
+        p, sim = episode_of(whole, batch, e)
+        first = batch.s[e].first
+        if sim.history.shape[0] > 0:
+            seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, mark)
+        clear_sim(sim, p)
+        finish_by_rule(sim, p, True)
+
+
+# ------------------------------------------------------------------------------------------- from jobs to arrays
+@dataclass
+class Schedule:
+    """Who started when and where: float64[N] start times (seconds) and int[N] nodes of N jobs, in submission order."""
+
+    jobs: Jobs
+    cluster: Cluster
+    start_time: np.ndarray
+    node: np.ndarray
+    decisions: int = 0
+
+    @property
+    def service_time(self) -> np.ndarray:
+        return self.jobs.run_time / self.cluster.speed[self.node]
+
+    @property
+    def wait(self) -> np.ndarray:
+        return self.start_time - self.jobs.submit_time
+
+    @property
+    def latency(self) -> np.ndarray:
+        return self.wait + self.service_time
+
+    @property
+    def bounded_slowdown(self) -> np.ndarray:
+        return np.maximum(1.0, self.latency / np.maximum(self.jobs.run_time, SLOWDOWN_BOUND))
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first submission to the last completion."""
+        return float((self.start_time + self.service_time).max() - self.jobs.submit_time.min())
+
+    @property
+    def utilization(self) -> float:
+        """Work done over capacity, from the first submission to the last completion (mean over resources)."""
+        work = (self.service_time[:, None] * self.jobs.demand).sum(0)
+        return float((work / self.cluster.capacity.sum(0)).mean() / self.makespan)
+
+    def metrics(self) -> dict[str, float]:
+        """Means of the per-job metrics, the tails of the wait, and the figures of the whole."""
+        wait = self.wait
+        return {
+            "latency": float(self.latency.mean()),
+            "wait": float(wait.mean()),
+            "bounded_slowdown": float(self.bounded_slowdown.mean()),
+            "wait_median": float(np.median(wait)),
+            "wait_p95": float(np.percentile(wait, 95)),
+            "wait_p99": float(np.percentile(wait, 99)),
+            "wait_max": float(wait.max()),
+            "utilization": self.utilization,
+            "throughput": len(self.jobs) / self.makespan,
+            "makespan": self.makespan,
+        }
+
+
+def job_size(jobs: Jobs, cluster: Cluster) -> np.ndarray:
+    """float64[N]: processors; with several resources, the dominant share of the cluster in units of the first one."""
+    total = cluster.capacity.sum(0)
+    return (jobs.demand / total).max(1) * total[0] if len(total) > 1 else jobs.demand[:, 0]
+
+
+def _groups(jobs: Jobs) -> np.ndarray:
+    """int32[N, 3]: the groups whose history a job belongs to (user; + requested time; + size and executable)."""
+    user = jobs.user.astype(np.int64)
+    columns, offset = [], 0
+    for keys in (
+        (user,),
+        (user, jobs.requested_time),
+        (user, *jobs.demand.T, jobs.executable),
+    ):
+        _, group = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)
+        columns.append(np.where(user >= 0, group.ravel() + offset, -1))
+        offset += int(group.max()) + 1
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
+def _past(jobs: Jobs, groups: np.ndarray) -> Past:
+    """What each group had run, in order of the recorded ends (where no wait was recorded: submit + run)."""
+    end = np.repeat(jobs.submit_time + jobs.wait_time + jobs.run_time, groups.shape[1])
+    group, run = groups.ravel(), np.repeat(jobs.run_time, groups.shape[1])
+    order = np.lexsort((end, group))
+    order = order[group[order] >= 0]
+    offset = np.searchsorted(group[order], np.arange(groups.max(initial=-1) + 2))
+    return Past(offset, end[order], run[order])
+
+
+class _Simulator:
+    """The arrays of a workload and of `count` simulations over it, in the form that the kernels take."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        rule: Rule,
+        count: int,
+        length: int,
+        *,
+        objective: str = "latency",
+        backfill: str = "easy",
+        lock_in: bool = False,
+        history: bool = True,
+        scores: np.ndarray | None = None,
+    ) -> None:
+        jobs, cluster = workload.jobs, workload.cluster
+        _check(jobs, cluster)
+        self.jobs, self.cluster = jobs, cluster
+        size = job_size(jobs, cluster)
+        unit = 1.0 / cluster.capacity.max(0)
+        features = np.column_stack(
+            [np.ones(len(jobs)), np.log1p(jobs.requested_time) / 12, np.log2(1 + size) / 10]
+            + [np.log1p(jobs.requested_time * size) / 20, jobs.demand * unit]
+        )
+        self.uses_history = {rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY} != set()
+        groups = _groups(jobs) if history else np.full((len(jobs), 3), -1, np.int32)
+        self.past = _past(jobs, groups)
+        self.mark = np.full(len(self.past.offset), -1, np.int64)
+        head_score = static_score(rule.head, jobs, size) if scores is None else scores
+        self.whole = Problem(
+            *(np.ascontiguousarray(x) for x in (jobs.submit_time, jobs.run_time, jobs.requested_time, jobs.demand, size)),
+            np.ascontiguousarray(head_score),
+            np.ascontiguousarray(static_score(rule.backfill, jobs, size) if scores is None else scores),
+            features.astype(np.float32),
+            groups,
+            cluster.capacity,
+            cluster.speed,
+            unit,
+            rule.head,
+            rule.backfill,
+            rule.mode,
+            rule.nodes,
+            rule.head == rule.backfill and rule.head <= STATIC,
+            OBJECTIVES[objective],
+            backfill == "easy",
+            lock_in,
+        )
+        self.batch = self.allocate(count, length, 3 * length if history else 0)
+
+    def allocate(self, count: int, length: int, groups: int) -> Any:
+        """`count` states for episodes of at most `length` jobs, with histories of `groups` groups."""
+        nodes, resources = self.cluster.capacity.shape
+
+        def empty(*shape: int, dtype: type = np.float64) -> np.ndarray:
+            return np.zeros((count, *shape), dtype)
+
+        return Batch(
+            np.zeros(count, SCALARS),
+            *(empty(length, dtype=np.int32), empty(length, dtype=np.int32)),
+            *(empty(length), empty(length, dtype=np.int32), empty(length), empty(length, dtype=np.int32)),
+            *(empty(nodes, resources), empty(resources)),
+            *(empty(length), empty(length, dtype=np.int32)),
+            empty(groups, 4),
+            empty(length, 3, dtype=np.int32),
+        )
+
+    def schedule(self, e: int, first: int = 0, last: int | None = None) -> Schedule:
+        """What simulation e did, or plans to do, with its jobs first..last."""
+        s = self.batch.s[e]
+        a, b = s["first"] + first, s["first"] + (s["stop"] if last is None else last)
+        start, node = self.batch.start[e, a - s["first"] : b - s["first"]], self.batch.node[e, a - s["first"] : b - s["first"]]
+        return Schedule(self.jobs[a:b], self.cluster, start.copy(), node.copy(), int(s["decisions"]))
+
+
+Batch = namedtuple("Batch", Sim._fields + ("groups",))
+
+
+def _check(jobs: Jobs, cluster: Cluster) -> None:
+    if len(jobs) == 0:
+        raise ValueError("the workload has no jobs")
+    fitting = np.zeros(len(jobs), bool)
+    for capacity in cluster.capacity:
+        fitting |= (jobs.demand <= capacity).all(1)
+    if not fitting.all():
+        i = int(np.argmin(fitting))
+        raise ValueError(f"job {jobs.job_id[i]} asks for {jobs.demand[i].tolist()}, more than any node of the cluster has")
+
+
+def simulate(
+    workload: Workload,
+    rule: str | Rule,
+    segments: np.ndarray | None = None,
+    *,
+    backfill: str = "easy",
+    lock_in: bool = False,
+    scores: np.ndarray | None = None,
+) -> list[Schedule]:
+    """Replay the workload's segments, or others (int[S, 2] ranges of its jobs), from an empty machine under a rule.
+
+    Args:
+        lock_in: RLScheduler's semantics, in which `backfill` ("none" or "easy") decides and the rule gives the order.
+        scores: float64[N] for rules whose order is STATIC (lowest first).
+    """
+    rule = parse_rule(rule) if isinstance(rule, str) else rule
+    segments = workload.segments if segments is None else np.asarray(segments)
+    lengths = segments[:, 1] - segments[:, 0]
+    history = {rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY} != set()
+    with _compiling():
+        core = _Simulator(
+            workload, rule, len(segments), int(lengths.max()),
+            backfill=backfill, lock_in=lock_in, history=history, scores=scores,
+        )  # fmt: skip
+        core.batch.s["first"], core.batch.s["stop"] = segments[:, 0], lengths
+        replay_envs(0, len(segments), core.whole, core.batch, core.past, core.mark)
+    return [core.schedule(e) for e in range(len(segments))]
+
+
+class _compiling:
+    """Say so when the kernels are being compiled, that is when the first call takes more than a moment."""
+
+    warm = False
+
+    def __enter__(self) -> None:
+        self.timer = None
+        if not _compiling.warm:
+            text = "Compiling the simulator (once, about ten seconds; then cached) ..."
+            self.timer = threading.Timer(1.0, print, (text,), {"file": sys.stderr, "flush": True})
+            self.timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        _compiling.warm = True
+        if self.timer:
+            self.timer.cancel()
