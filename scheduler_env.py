@@ -34,7 +34,9 @@ kernel = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 # --------------------------------------------------------------------------------------------------------- rules
 # Orders: the first eight never change while a job waits, so the queue is kept sorted by them.
-FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, SJF_HISTORY, SAF_HISTORY, TETRIS = range(14)
+FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, SJF_HISTORY, SAF_HISTORY, TETRIS = range(
+    14
+)
 ORDERS = {
     "fifo": FIFO,
     "sjf": SJF,
@@ -602,7 +604,9 @@ JOB_FEATURES += ("reserved", "rule_choice", "position", "user_time", "user_known
 JOB_FEATURES += ("kind_time", "kind_known")  # then R columns: demand over the largest node's capacity
 NODE_FEATURES = ("speed", "reserved", "shadow", "next_release", "rule_choice")  # then R of free and R of capacity
 CLUSTER_FEATURES = ("queued", "hidden", "running", "reservation", "shadow", "rule_waits", "queued_work")
-PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION = range(12)
+PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION = range(
+    12
+)
 HISTORY = 12
 STATIC_FEATURES = 4  # the first ones never change while a job waits
 JOB_WIDTH, NODE_WIDTH, CLUSTER_WIDTH = len(JOB_FEATURES), len(NODE_FEATURES), len(CLUSTER_FEATURES)
@@ -1045,7 +1049,10 @@ class _Simulator:
         self.mark = np.full(len(self.past.offset), -1, np.int64)
         head_score = static_score(rule.head, jobs, size) if scores is None else scores
         self.whole = Problem(
-            *(np.ascontiguousarray(x) for x in (jobs.submit_time, jobs.run_time, jobs.requested_time, jobs.demand, size)),
+            *(
+                np.ascontiguousarray(x)
+                for x in (jobs.submit_time, jobs.run_time, jobs.requested_time, jobs.demand, size)
+            ),
             np.ascontiguousarray(head_score),
             np.ascontiguousarray(static_score(rule.backfill, jobs, size) if scores is None else scores),
             features.astype(np.float32),
@@ -1085,7 +1092,10 @@ class _Simulator:
         """What simulation e did, or plans to do, with its jobs first..last."""
         s = self.batch.s[e]
         a, b = s["first"] + first, s["first"] + (s["stop"] if last is None else last)
-        start, node = self.batch.start[e, a - s["first"] : b - s["first"]], self.batch.node[e, a - s["first"] : b - s["first"]]
+        start, node = (
+            self.batch.start[e, a - s["first"] : b - s["first"]],
+            self.batch.node[e, a - s["first"] : b - s["first"]],
+        )
         return Schedule(self.jobs[a:b], self.cluster, start.copy(), node.copy(), int(s["decisions"]))
 
 
@@ -1100,7 +1110,9 @@ def _check(jobs: Jobs, cluster: Cluster) -> None:
         fitting |= (jobs.demand <= capacity).all(1)
     if not fitting.all():
         i = int(np.argmin(fitting))
-        raise ValueError(f"job {jobs.job_id[i]} asks for {jobs.demand[i].tolist()}, more than any node of the cluster has")
+        raise ValueError(
+            f"job {jobs.job_id[i]} asks for {jobs.demand[i].tolist()}, more than any node of the cluster has"
+        )
 
 
 def simulate(
@@ -1148,3 +1160,367 @@ class _compiling:
         _compiling.warm = True
         if self.timer:
             self.timer.cancel()
+
+
+# --------------------------------------------------------------------------------------------- the environments
+class Observation(NamedTuple):
+    """The parts of an observation: jobs[..., K, Fj], nodes[..., M, Fn], cluster[..., Fc], mask[..., K*M + 1]."""
+
+    jobs: Any
+    nodes: Any
+    cluster: Any
+    mask: Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a flat observation is laid out: K visible jobs, M nodes, R resources."""
+
+    window: int
+    nodes: int
+    resources: int
+
+    @property
+    def actions(self) -> int:
+        return self.window * self.nodes + 1
+
+    @property
+    def size(self) -> int:
+        jobs, nodes = self.window * (JOB_WIDTH + self.resources), self.nodes * (NODE_WIDTH + 2 * self.resources)
+        return jobs + nodes + CLUSTER_WIDTH + self.actions
+
+    def split(self, obs: Any) -> Observation:
+        """Views of an observation [..., D], an array or a tensor."""
+        job_width, node_width = JOB_WIDTH + self.resources, NODE_WIDTH + 2 * self.resources
+        a = self.window * job_width
+        b = a + self.nodes * node_width
+        c = b + CLUSTER_WIDTH
+        jobs = obs[..., :a].reshape(*obs.shape[:-1], self.window, job_width)
+        nodes = obs[..., a:b].reshape(*obs.shape[:-1], self.nodes, node_width)
+        return Observation(jobs, nodes, obs[..., b:c], obs[..., c:])
+
+
+class SchedulerVectorEnv(VectorEnv):
+    """`num_envs` clusters, each with jobs of its own, stepped together.
+
+    An episode is cut out of running operation: the reference rule schedules `warmup_jobs`, the agent decides while
+    `num_jobs` more arrive, and the reference takes over through `followup_jobs` more (0: the agent goes on until all
+    have started). Action k*M + m starts job k of the window on node m or, where it does not fit, reserves the node
+    for it; K*M waits for the next event. An action that the mask forbids counts as the first one that it allows.
+
+    Args:
+        workload: a preset's name, the path of a trace, or a Workload.
+        queue_window: K, how many of the oldest queued jobs the agent sees.
+        backfill: "easy", or "none": a reservation blocks until the next event.
+        objective: "latency", "wait" or "slowdown".
+        reward: "improvement": what the choice gained over the reference rule, relative to its cost in the episode, by
+            simulating the rule to the end (potential-based shaping, Ng, Harada & Russell 1999, with Bertsekas'
+            roll-out as potential); "cost": minus the cost that accrued, per job.
+        reference: the rule; `simulate` knows the same ones.
+        lock_in: RLScheduler's semantics, in which a chosen job holds the queue until it has started.
+        split: "train", "validation", "test" or "all".
+        num_threads: default: one a core.
+        full_rollouts: never stop a roll-out early, where it meets the known trajectory (slower, the same rewards).
+
+    Observations, masks and rewards are written into the same buffers at every step; copy what you keep. Sub-environment
+    i draws its episodes from seed + i alone, so they do not depend on `num_envs` or `num_threads`.
+
+    Raises:
+        ValueError: an argument makes no sense, or the split has fewer jobs in a row than an episode needs.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium's own spelling)
+        "render_modes": ["ansi", "rgb_array"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        workload: str | Workload = "cloud",
+        *,
+        num_jobs: int = 512,
+        warmup_jobs: int = 256,
+        followup_jobs: int = 512,
+        queue_window: int = 64,
+        backfill: str = "easy",
+        objective: str = "latency",
+        reward: str = "improvement",
+        reference: str = "easy-sjf",
+        lock_in: bool = False,
+        split: str = "train",
+        num_threads: int | None = None,
+        full_rollouts: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("num_envs", num_envs, 1), ("queue_window", queue_window, 1), ("num_jobs", num_jobs, 1),
+            ("warmup_jobs", warmup_jobs, 0), ("followup_jobs", followup_jobs, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name, value, known in (
+            ("backfill", backfill, ("easy", "none")), ("objective", objective, OBJECTIVES),
+            ("reward", reward, ("improvement", "cost")),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        self.workload = load_workload(workload, split) if isinstance(workload, str) else workload
+        self.length = warmup_jobs + num_jobs + followup_jobs
+        spare = self.workload.segments[:, 1] - self.workload.segments[:, 0] - self.length + 1
+        if spare.max() < 1:
+            raise ValueError(
+                f"{self.workload.name}: an episode needs {self.length} jobs in a row (warm-up, own and follow-up), "
+                f"and this split has {spare.max() - 1 + self.length}; lower num_jobs, warmup_jobs or followup_jobs"
+            )
+        self._places = np.maximum(spare, 0).cumsum()
+        self.num_envs, self.render_mode, self.num_jobs, self.warmup_jobs = num_envs, render_mode, num_jobs, warmup_jobs
+        nodes, resources = self.workload.cluster.capacity.shape
+        self.layout = Layout(queue_window, nodes, resources)
+        self.split = self.layout.split
+        rule = parse_rule(reference)
+        self._core = _Simulator(
+            self.workload, rule, num_envs, self.length, objective=objective, backfill=backfill, lock_in=lock_in
+        )
+        self._core.batch.s["stop"] = self.length
+        full = full_rollouts or lock_in or self._core.uses_history
+        improvement = reward == "improvement"
+        self._plan = Plan(queue_window, warmup_jobs, num_jobs, followup_jobs, improvement, full)
+        threads = min(num_threads or os.cpu_count() or 1, num_envs)
+        self._bounds = np.linspace(0, num_envs, threads + 1).astype(int)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._others = self._core.allocate(threads, self.length, 3 * self.length if self._core.uses_history else 0)
+        self._marks = [self._core.mark.copy() for _ in range(threads)]
+        self._obs = np.zeros((num_envs, self.layout.size), np.float32)
+        self._mask = np.zeros((num_envs, self.layout.actions), bool)
+        self._rewards = np.zeros(num_envs)
+        self._terminated, self._truncated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
+        self._generators: list[np.random.Generator] | None = None
+        self.single_observation_space = gym.spaces.Box(0, 16, (self.layout.size,), np.float32)
+        self.single_action_space = gym.spaces.Discrete(self.layout.actions)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start new episodes; options={"first": ints[num_envs]} says at which jobs of the workload."""
+        if seed is not None or self._generators is None:
+            seeds = (
+                [None if seed is None else seed + i for i in range(self.num_envs)]
+                if not isinstance(seed, list)
+                else seed
+            )
+            self._generators = [np.random.default_rng(s) for s in seeds]
+        first = (options or {}).get("first")
+        with _compiling():
+            self._reset(np.arange(self.num_envs), first)
+        return self._obs, {"action_mask": self._mask}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One decision in every environment; those that end are reset (`final_obs` and `final_info` in the infos)."""
+        with _compiling():
+            self._step(actions)
+        infos: dict[str, Any] = {}
+        done = np.flatnonzero(self._terminated | self._truncated)
+        if len(done):
+            for e in done:
+                final = {"final_obs": self._obs[e].copy(), "final_info": self._final_info(e)}
+                infos = self._add_info(infos, final, e)
+            self._reset(done)
+        infos["action_mask"] = self._mask
+        return self._obs, self._rewards.copy(), self._terminated.copy(), self._truncated.copy(), infos
+
+    def action_masks(self) -> np.ndarray:
+        """bool[num_envs, K*M + 1]: the legal actions (where sb3-contrib looks for them)."""
+        return self._mask
+
+    def rule_actions(self) -> np.ndarray:
+        """int64[num_envs]: what the reference rule would do; the first legal action where that is out of sight."""
+        s, k = self._core.batch.s, self.layout.window
+        actions = np.full(self.num_envs, self.layout.actions - 1)
+        for e in np.flatnonzero(s["rule_job"] >= 0):
+            seen = np.flatnonzero(self._core.batch.queue[e, : min(k, s["queued"][e])] == s["rule_job"][e])
+            actions[e] = seen[0] * self.layout.nodes + s["rule_node"][e] if len(seen) else self._mask[e].argmax()
+        return np.where(self._mask[np.arange(self.num_envs), actions], actions, self._mask.argmax(1))
+
+    def schedule(self, e: int = 0) -> Schedule:
+        """What environment e did (and, for jobs that have not started, what the reference is about to do)."""
+        return self._core.schedule(e)
+
+    def render(self) -> tuple[Any, ...] | None:
+        """One text or image float[H, W, 3] an environment, as `render_mode` says."""
+        if self.render_mode is None:
+            return None
+        draw = self._text if self.render_mode == "ansi" else self._image
+        return tuple(draw(e) for e in range(self.num_envs))
+
+    def close_extras(self, **_: Any) -> None:
+        if self._pool:
+            self._pool.shutdown()
+
+    def _parallel(self, work: Any) -> None:
+        """work(thread, low, high) over the environments, a thread a part (the kernels release the GIL)."""
+        parts = list(zip(range(len(self._marks)), self._bounds[:-1], self._bounds[1:], strict=True))
+        if self._pool:
+            list(self._pool.map(lambda part: work(*part), parts))
+        else:
+            work(*parts[0])
+
+    def _reset(self, indices: np.ndarray, first: Any = None) -> None:
+        core = self._core
+        if first is None:
+            first = [self._draw(self._generators[e]) for e in indices]
+        core.batch.s["first"][indices] = first
+
+        def work(thread: int, low: int, high: int) -> None:
+            mine = indices[(indices >= low) & (indices < high)]
+            reset_envs(
+                mine, core.whole, core.batch, self._others, thread, core.past, self._marks[thread], self._plan,
+                self._obs, self._mask,
+            )  # fmt: skip
+
+        self._parallel(work)
+
+    def _draw(self, generator: np.random.Generator) -> int:
+        """The first job of a random episode: all places in all segments are as likely."""
+        place = int(generator.integers(self._places[-1]))
+        segment = int(np.searchsorted(self._places, place, side="right"))
+        return int(self.workload.segments[segment, 0]) + place - (int(self._places[segment - 1]) if segment else 0)
+
+    def _step(self, actions: np.ndarray) -> None:
+        core, actions = self._core, np.asarray(actions, np.int64)
+
+        def work(thread: int, low: int, high: int) -> None:
+            step_envs(
+                low, high, actions, core.whole, core.batch, self._others, thread, self._plan,
+                self._obs, self._mask, self._rewards, self._terminated, self._truncated,
+            )  # fmt: skip
+
+        self._parallel(work)
+
+    def _final_info(self, e: int) -> dict[str, Any]:
+        metrics = self._core.schedule(e, self.warmup_jobs, self.warmup_jobs + self.num_jobs).metrics()
+        s = self._core.batch.s[e]
+        return {
+            **metrics,
+            "return": float(s["returned"]),
+            "decisions": int(s["decisions"]),
+            "first_job": int(s["first"]),
+        }
+
+    def _started(self, e: int) -> Schedule:
+        """The jobs that have started by now."""
+        s, schedule = self._core.batch.s[e], self._core.schedule(e)
+        started = np.setdiff1d(np.arange(s["arrived"]), self._core.batch.queue[e, : s["queued"]])
+        return Schedule(schedule.jobs[started], schedule.cluster, schedule.start_time[started], schedule.node[started])
+
+    def _text(self, e: int) -> str:
+        batch, cluster = self._core.batch, self.workload.cluster
+        s, jobs = batch.s[e], self._core.jobs
+        lines = [f"t = {s['now']:,.0f} s   {s['running']} running   {s['queued']} queued   {s['decisions']} decisions"]
+        for m, (free, capacity) in enumerate(zip(batch.free[e], cluster.capacity, strict=True)):
+            used = [
+                f"{name} {'#' * round(20 * share):.<20} {share:4.0%}"
+                for name, share in zip(cluster.resources, 1 - free / np.maximum(capacity, 1e-9), strict=True)
+            ]
+            reserved = (
+                f"   reserved for job {s['reserved']} at {s['shadow']:,.0f} s"
+                if s["reserved_node"] == m and s["reserved"] >= 0
+                else ""
+            )
+            lines.append(f"node {m:3d} (x{cluster.speed[m]:.2f})  " + "   ".join(used) + reserved)
+        for i in batch.queue[e, : min(10, s["queued"])]:
+            j = s["first"] + i
+            asks = ", ".join(f"{d:g} {name}" for d, name in zip(jobs.demand[j], cluster.resources, strict=True))
+            lines.append(
+                f"job {i:5d}  waits {s['now'] - jobs.submit_time[j]:9,.0f} s  asks {asks} for {jobs.requested_time[j]:,.0f} s"
+            )
+        return "\n".join(lines)
+
+    def _image(self, e: int) -> np.ndarray:
+        s = self._core.batch.s[e]
+        queue = self._core.jobs[s["first"] + self._core.batch.queue[e, : s["queued"]].astype(int)]
+        return gantt(self._started(e), s["now"], queue)
+
+
+class SchedulerEnv(gym.Env):
+    """One cluster; arguments, observations and actions as in `SchedulerVectorEnv`."""
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012
+
+    def __init__(self, workload: str | Workload = "cloud", **kwargs: Any) -> None:
+        self.envs = SchedulerVectorEnv(1, workload, **kwargs)
+        self.render_mode = self.envs.render_mode
+        self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        self.layout, self.split = self.envs.layout, self.envs.split
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.envs.reset(seed=seed, options=options)
+        return self.envs._obs[0].copy(), {"action_mask": self.action_masks()}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        envs = self.envs
+        envs._step(np.array([action]))
+        terminated, truncated = bool(envs._terminated[0]), bool(envs._truncated[0])
+        info = {"action_mask": self.action_masks()}
+        if terminated or truncated:
+            info |= envs._final_info(0)
+        return envs._obs[0].copy(), float(envs._rewards[0]), terminated, truncated, info
+
+    def action_masks(self) -> np.ndarray:
+        """bool[K*M + 1]: the legal actions."""
+        return self.envs._mask[0].copy()
+
+    def render(self) -> Any:
+        frames = self.envs.render()
+        return frames[0] if frames else None
+
+
+def gantt(schedule: Schedule, now: float, queue: Jobs | None = None, rows: int = 256, columns: int = 640) -> np.ndarray:
+    """uint8[rows, columns, 3]: a Gantt chart of what runs where (a band a node, time to the right), queue at the right.
+
+    A job's height is its dominant share of the node; its colour is its user's. The window of time ends a quarter
+    after `now` (the black line); the part of a job to the right of it is what was requested.
+    """
+    image = np.full((rows, columns, 3), 255, np.uint8)
+    chart, nodes = int(columns * 0.8), len(schedule.cluster.speed)
+    band = max(rows // nodes, 1)
+    recent = schedule.jobs.submit_time[-64:].min() if len(schedule.jobs) else now - 1.0
+    begin = min(recent, now - 1.0)
+    scale = 0.8 * chart / (now - begin)
+    palette = np.random.default_rng(1).integers(60, 230, (64, 3))
+    share = (schedule.jobs.demand / np.maximum(schedule.cluster.capacity[schedule.node], 1e-9)).max(1)
+    due = schedule.start_time + schedule.jobs.requested_time / schedule.cluster.speed[schedule.node]
+    end = schedule.start_time + schedule.service_time
+    until = np.where(end > now, np.maximum(due, now), end)
+    busy_until = np.full(rows, -np.inf)  # of every pixel row: jobs take the first free ones of their node's band
+    for i in np.argsort(schedule.start_time, kind="stable"):
+        lanes = np.arange(schedule.node[i] * band, min((schedule.node[i] + 1) * band - (band > 4), rows))
+        lanes = lanes[busy_until[lanes] <= schedule.start_time[i]][: max(1, round(share[i] * band))]
+        busy_until[lanes] = end[i]
+        left, right = (np.clip((t - begin) * scale, 0, chart).astype(int) for t in (schedule.start_time[i], until[i]))
+        image[lanes, left : max(right, left + 1)] = palette[schedule.jobs.user[i] % 64]
+    image[:, int(0.8 * chart)] = 0
+    image[:, chart + 2 : chart + 4] = 128
+    if queue is not None and len(queue):
+        asked = np.log1p(queue.requested_time) / np.log1p(queue.requested_time.max())
+        height = max(rows // max(len(queue), 32), 1)
+        for k in range(min(len(queue), rows // height)):
+            width = max(1, int(asked[k] * (columns - chart - 6)))
+            image[k * height : (k + 1) * height - (height > 2), chart + 6 : chart + 6 + width] = palette[
+                queue.user[k] % 64
+            ]
+    return image
+
+
+if "ResourceRL/Scheduler-v0" not in gym.registry:
+    gym.register(
+        "ResourceRL/Scheduler-v0",
+        entry_point="scheduler_env:SchedulerEnv",
+        vector_entry_point="scheduler_env:SchedulerVectorEnv",
+    )

@@ -138,7 +138,7 @@ def offered_load(jobs: Jobs, cluster: Cluster) -> float:
 def scale_load(jobs: Jobs, factor: float) -> Jobs:
     """The same jobs, arriving `factor` times as fast; the first submit time stays."""
     if not factor > 0:
-        raise ValueError(f"factor is {factor}, but the load can only be scaled by a positive number")
+        raise WorkloadError(f"load factor {factor}: give a positive number")
     first = jobs.submit_time.min()
     return replace(jobs, submit_time=first + (jobs.submit_time - first) / factor)
 
@@ -188,7 +188,7 @@ def read_swf(path: str | os.PathLike[str]) -> SWF:
     lines = np.array([number for number, _ in body])
     try:
         records = np.loadtxt([line for _, line in body], ndmin=2, comments=None)
-    except ValueError:
+    except ValueError:  # some line differs from the first: the slow way mends it or says which
         records = _parse_lines(path, body)
     if records.shape[1] != len(SWF_FIELDS):
         records = _parse_lines(path, body)
@@ -339,7 +339,7 @@ def write_swf(path: str | os.PathLike[str], jobs: Jobs, cluster: Cluster) -> Non
     columns[:5] = jobs.job_id, jobs.submit_time, jobs.wait_time, jobs.run_time, jobs.demand[:, 0]
     columns[7:9] = jobs.demand[:, 0], jobs.requested_time
     if len(cluster.resources) > 1:
-        columns[9] = np.round(jobs.demand[:, 1] * 2**20 / jobs.demand[:, 0])
+        columns[9] = np.round(jobs.demand[:, 1] * 2**20 / np.maximum(jobs.demand[:, 0], 1))
     columns[10] = 1
     columns[11:15] = jobs.user, jobs.group, jobs.executable, jobs.queue
     header = (
@@ -665,7 +665,7 @@ def hpc() -> Preset:
 
 
 def manufacturing() -> Preset:
-    """A shop floor: machines that take one lot at a time, and a few furnaces that take several, over the day."""
+    """A shop floor: machines that take one lot at a time, and furnaces that take two, over the day."""
     cluster = _nodes(("slots",), (4, (1,), 0.8), (4, (1,), 1.3), (4, (2,), 1.0))
     orders = partial(generate_jobs, run_time=(1_500.0, 1.2, DAY), arrivals="daily")
     return Preset(cluster, partial(orders, cluster=cluster, flavours=[[1], [2]], weights=[88, 12]))

@@ -48,7 +48,10 @@ def random_jobs(rng: np.random.Generator, count: int) -> Jobs:
         run_time=rng.uniform(1e-3, 1e6, count),
         requested_time=rng.uniform(1e-3, 1e6, count),
         demand=np.stack([rng.integers(1, 65, count), rng.integers(1, 513, count)], axis=1).astype(float),
-        **{name: row.astype(np.int32) for name, row in zip(("user", "group", "executable", "queue"), identifiers[:4])},
+        **{
+            name: row.astype(np.int32)
+            for name, row in zip(("user", "group", "executable", "queue"), identifiers, strict=False)
+        },
         wait_time=rng.uniform(0, 1e5, count),
         job_id=identifiers[4],
     )
@@ -174,7 +177,7 @@ def test_a_file_without_a_usable_trace_is_refused(tmp_path, content, message):
 
 
 def test_what_is_no_file_is_refused(tmp_path):
-    with pytest.raises(WorkloadError, match="^nope.swf: no such file or preset; the presets are cloud, hpc, "):
+    with pytest.raises(WorkloadError, match=r"^nope\.swf: no such file or preset; the presets are cloud, hpc, "):
         load_workload("nope.swf")
     with pytest.raises(WorkloadError, match="Is a directory; give the path of an SWF trace"):
         load_workload(str(tmp_path))
@@ -261,7 +264,7 @@ def test_offered_load_is_work_over_capacity_of_the_most_loaded_resource():
     assert offered_load(scale_load(jobs, 1.25), cluster) == pytest.approx(1.1)
     assert scale_load(jobs, 2.0).submit_time.tolist() == [10, 20, 60]
     assert offered_load(jobs[:1], cluster) == math.inf
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(WorkloadError, match="give a positive number"):
         scale_load(jobs, 0.0)
 
 
