@@ -18,19 +18,65 @@ import os
 import sys
 import threading
 from collections import namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+os.environ.setdefault("NUMBA_OPT", "2")  # three quarters of the compile time of 3, the default, and as fast
 
 import gymnasium as gym
 import numba
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 
 from workloads import Cluster, Jobs, Workload, load_workload
 
-kernel = numba.njit(cache=True, nogil=True, error_model="numpy")
+# Without reference counting (kernels allocate nothing): a third of the compile time and of the run time.
+entry = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False, no_cfunc_wrapper=True)
+kernel = numba.njit(
+    cache=True, nogil=True, error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
+
+
+class Ref(types.Type):
+    """A pointer to a named tuple. Numba passes tuples by value, word by word: with a state of ten arrays in every call,
+    that doubles both the compile time and the run time."""
+
+    def __init__(self, target: types.NamedTuple) -> None:
+        self.target = target
+        super().__init__(f"Ref({target})")
+
+
+@register_model(Ref)
+class RefModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, ref: Ref) -> None:
+        super().__init__(manager, ref, manager.lookup(ref.target).get_value_type().as_pointer())
+
+
+@infer_getattr
+class RefAttributes(AttributeTemplate):
+    key = Ref
+
+    def generic_resolve(self, ref: Ref, name: str) -> types.Type:
+        return ref.target.types[ref.target.fields.index(name)]
+
+
+@lower_getattr_generic(Ref)
+def load_attribute(context: Any, builder: Any, ref: Ref, pointer: Any, name: str) -> Any:
+    return builder.load(cgutils.gep_inbounds(builder, pointer, 0, ref.target.fields.index(name)))
+
+
+@intrinsic
+def by_reference(context, value):
+    """A Ref to a named tuple, for as long as the calling kernel runs."""
+    return Ref(value)(value), lambda _, builder, __, values: cgutils.alloca_once_value(builder, values[0])
+
 
 # --------------------------------------------------------------------------------------------------------- rules
 # Orders: the first eight never change while a job waits, so the queue is kept sorted by them.
@@ -120,31 +166,37 @@ def static_score(order: int, jobs: Jobs, size: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------- the state of one simulation
-# What does not change in an episode. Job arrays have one entry per job of the episode.
+# What does not change in an episode: its jobs, their demand[i, r], features[i, f] and groups[i, c]; the nodes'
+# capacity[m, r] and speed[m], unit[r] (one over the largest node's capacity); the rule and the semantics.
 Problem = namedtuple(
     "Problem",
-    "submit run requested demand size head_score backfill_score features groups capacity speed unit "
+    "jobs demand features groups capacity speed unit fastest total "
     "head backfill mode nodes sorted_head objective easy lock_in",
 )
-# What does. `start` and `node` hold, for a job that has not started, what the reference rule is going to do with it:
-# the trajectory that roll-outs keep up to date. `queue` is in order of submission, `order` in the rule's backfill order.
-Sim = namedtuple("Sim", "s queue order end end_job due due_job free spare start node history")
+JOB = np.dtype([(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")])
+# What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the running jobs
+# by their ends (descending) and by when they are due, which is by requested time (ascending); what is free[m, r] and
+# what stays spare[r] beside the reservation; history[g], what is known of a group of jobs; and the plan, which says
+# when and where a job has started or, if it has not, is going to be started by the reference rule.
+Sim = namedtuple("Sim", "s queue order ends dues free spare history plan")
+TIMED = np.dtype([("time", "f8"), ("job", "i8")])
+START = np.dtype([("start", "f8"), ("node", "i8")])
 SCALARS = np.dtype(
     [("now", "f8"), ("shadow", "f8"), ("gain", "f8"), ("clear", "f8"), ("cost", "f8"), ("paid", "f8")]
     + [("paid_first", "f8"), ("returned", "f8")]
     + [(name, "i8") for name in "first arrived stop queued running scan reserved reserved_node started".split()]
-    + [(name, "i8") for name in "rule_job rule_node visible counted on_track decisions".split()]
+    + [(name, "i8") for name in "rule_job rule_node visible counted on_track full decisions".split()]
 )
 LAST, PREVIOUS, COUNT, FEATURE = range(4)  # of a row of `history`: run times of the jobs of a group that have finished
 
 
 @kernel
-def leftmost(keys, ids, count, key, index):
-    """The first position of keys[:count] (ascending, ties by id) that is not before (key, index)."""
+def position_in_dues(sim, count, time, i):
+    """The first position of dues[:count] that is not before (time, i)."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
-        if keys[middle] < key or (keys[middle] == key and ids[middle] < index):
+        if sim.dues[middle].time < time or (sim.dues[middle].time == time and sim.dues[middle].job < i):
             low = middle + 1
         else:
             high = middle
@@ -153,11 +205,11 @@ def leftmost(keys, ids, count, key, index):
 
 @kernel
 def position_in_order(sim, p, i):
-    low, high, key = 0, sim.s[0].queued, p.backfill_score[i]
+    low, high, key = 0, sim.s[0].queued, p.jobs[i].backfill_score
     while low < high:
         middle = (low + high) // 2
         j = sim.order[middle]
-        if p.backfill_score[j] < key or (p.backfill_score[j] == key and j < i):
+        if p.jobs[j].backfill_score < key or (p.jobs[j].backfill_score == key and j < i):
             low = middle + 1
         else:
             high = middle
@@ -203,21 +255,21 @@ def dequeue(sim, p, i):
 @kernel
 def job_cost(p, i, begin, m):
     """What a job that begins at that time on that node costs: latency, wait or bounded slowdown."""
-    wait = begin - p.submit[i]
+    wait = begin - p.jobs[i].submit
     if p.objective == WAIT:
         return wait
-    latency = wait + p.run[i] / p.speed[m]
+    latency = wait + p.jobs[i].run / p.speed[m]
     if p.objective == LATENCY:
         return latency
-    return max(1.0, latency / max(p.run[i], SLOWDOWN_BOUND))
+    return max(1.0, latency / max(p.jobs[i].run, SLOWDOWN_BOUND))
 
 
 @kernel
 def waiting_cost(p, i, now):
     """The part of a queued job's cost that has accrued by waiting until now."""
-    wait = now - p.submit[i]
+    wait = now - p.jobs[i].submit
     if p.objective == SLOWDOWN:
-        return max(0.0, (wait + p.run[i]) / max(p.run[i], SLOWDOWN_BOUND) - 1.0)
+        return max(0.0, (wait + p.jobs[i].run) / max(p.jobs[i].run, SLOWDOWN_BOUND) - 1.0)
     return wait
 
 
@@ -239,7 +291,7 @@ def allowed(sim, p, i, m):
         return True
     if i == s.reserved:
         return False
-    if m != s.reserved_node or s.now + p.requested[i] / p.speed[m] <= s.shadow:
+    if m != s.reserved_node or s.now + p.jobs[i].requested / p.speed[m] <= s.shadow:
         return True
     for r in range(p.demand.shape[1]):
         if p.demand[i, r] > sim.spare[r] + 1e-9:
@@ -251,27 +303,27 @@ def allowed(sim, p, i, m):
 def begin(sim, p, i, m):
     """Start queued job i on node m; note what that changes against the trajectory stored so far."""
     s = sim.s[0]
-    end, due = s.now + p.run[i] / p.speed[m], s.now + p.requested[i] / p.speed[m]
+    end, due = s.now + p.jobs[i].run / p.speed[m], s.now + p.jobs[i].requested / p.speed[m]
     if s.reserved >= 0 and m == s.reserved_node and due > s.shadow:
         for r in range(p.demand.shape[1]):
             sim.spare[r] -= p.demand[i, r]
     for r in range(p.demand.shape[1]):
         sim.free[m, r] -= p.demand[i, r]
-    if sim.start[i] != s.now or sim.node[i] != m:
-        s.gain += job_cost(p, i, sim.start[i], sim.node[i]) - job_cost(p, i, s.now, m)
-        s.clear = max(s.clear, max(end, sim.start[i] + p.run[i] / p.speed[sim.node[i]]))
-        sim.start[i], sim.node[i] = s.now, m
+    if sim.plan[i].start != s.now or sim.plan[i].node != m:
+        s.gain += job_cost(p, i, sim.plan[i].start, sim.plan[i].node) - job_cost(p, i, s.now, m)
+        s.clear = max(s.clear, max(end, sim.plan[i].start + p.jobs[i].run / p.speed[sim.plan[i].node]))
+        sim.plan[i].start, sim.plan[i].node = s.now, m
     s.paid += job_cost(p, i, s.now, m)
     dequeue(sim, p, i)
     k = s.running  # `end` descends, so that the next completion is the last entry; equal ones leave in order of start
-    while k > 0 and sim.end[k - 1] <= end:
-        sim.end[k], sim.end_job[k] = sim.end[k - 1], sim.end_job[k - 1]
+    while k > 0 and sim.ends[k - 1].time <= end:
+        sim.ends[k].time, sim.ends[k].job = sim.ends[k - 1].time, sim.ends[k - 1].job
         k -= 1
-    sim.end[k], sim.end_job[k] = end, i
-    where = leftmost(sim.due, sim.due_job, s.running, due, i)
+    sim.ends[k].time, sim.ends[k].job = end, i
+    where = position_in_dues(sim, s.running, due, i)
     for k in range(s.running, where, -1):
-        sim.due[k], sim.due_job[k] = sim.due[k - 1], sim.due_job[k - 1]
-    sim.due[where], sim.due_job[where] = due, i
+        sim.dues[k].time, sim.dues[k].job = sim.dues[k - 1].time, sim.dues[k - 1].job
+    sim.dues[where].time, sim.dues[where].job = due, i
     s.running += 1
     s.started += 1
 
@@ -284,7 +336,7 @@ def remember(sim, p, i):
         g = p.groups[i, c]
         if g >= 0:
             h = sim.history[g]
-            h[PREVIOUS], h[LAST] = h[LAST], p.run[i]
+            h[PREVIOUS], h[LAST] = h[LAST], p.jobs[i].run
             h[COUNT] += 1
             h[FEATURE] = np.log1p(h[LAST] if h[COUNT] == 1 else 0.5 * (h[LAST] + h[PREVIOUS])) / 12
 
@@ -294,13 +346,13 @@ def complete(sim, p):
     """Release the running job that ends first."""
     s = sim.s[0]
     s.running -= 1
-    i = sim.end_job[s.running]
-    m = sim.node[i]
+    i = sim.ends[s.running].job
+    m = sim.plan[i].node
     for r in range(p.demand.shape[1]):
         sim.free[m, r] += p.demand[i, r]
-    due = sim.start[i] + p.requested[i] / p.speed[m]
-    for k in range(leftmost(sim.due, sim.due_job, s.running + 1, due, i), s.running):
-        sim.due[k], sim.due_job[k] = sim.due[k + 1], sim.due_job[k + 1]
+    due = sim.plan[i].start + p.jobs[i].requested / p.speed[m]
+    for k in range(position_in_dues(sim, s.running + 1, due, i), s.running):
+        sim.dues[k].time, sim.dues[k].job = sim.dues[k + 1].time, sim.dues[k + 1].job
     if sim.history.shape[0] > 0:
         remember(sim, p, i)
 
@@ -311,13 +363,13 @@ def next_event(sim, p):
     s = sim.s[0]
     if s.running == 0 and s.arrived == s.stop:
         return False
-    now = sim.end[s.running - 1] if s.running > 0 else np.inf
+    now = sim.ends[s.running - 1].time if s.running > 0 else np.inf
     if s.arrived < s.stop:
-        now = min(now, p.submit[s.arrived])
+        now = min(now, p.jobs[s.arrived].submit)
     s.now = now
-    while s.running > 0 and sim.end[s.running - 1] <= now:
+    while s.running > 0 and sim.ends[s.running - 1].time <= now:
         complete(sim, p)
-    while s.arrived < s.stop and p.submit[s.arrived] <= now:
+    while s.arrived < s.stop and p.jobs[s.arrived].submit <= now:
         enqueue(sim, p, s.arrived)
         s.arrived += 1
     s.reserved, s.scan = -1, 0
@@ -334,13 +386,15 @@ def shadow_time(sim, p, i, m, spare):
     when = s.now
     for r in range(spare.shape[0]):
         spare[r] = sim.free[m, r] - p.demand[i, r]
-    missing = spare.min() < -1e-9
+    missing = False
+    for r in range(spare.shape[0]):
+        missing |= spare[r] < -1e-9
     for k in range(s.running):
         if not missing:
             break
-        j = sim.due_job[k]
-        if sim.node[j] == m:
-            when = max(s.now + 1.0, sim.due[k])
+        j = sim.dues[k].job
+        if sim.plan[j].node == m:
+            when = max(s.now + 1.0, sim.dues[k].time)
             missing = False
             for r in range(spare.shape[0]):
                 spare[r] += p.demand[j, r]
@@ -361,26 +415,26 @@ def estimate(sim, p, i):
     """Mean of the user's last two run times, at most what was requested (Tsafrir, Etsion & Feitelson 2007)."""
     g = p.groups[i, 0]
     if g < 0 or sim.history[g, COUNT] < 2:
-        return p.requested[i]
-    return min(p.requested[i], 0.5 * (sim.history[g, LAST] + sim.history[g, PREVIOUS]))
+        return p.jobs[i].requested
+    return min(p.jobs[i].requested, 0.5 * (sim.history[g, LAST] + sim.history[g, PREVIOUS]))
 
 
 @kernel
 def score(sim, p, order, i):
     """The score (lowest first) of job i under an order that changes with time."""
-    wait = sim.s[0].now - p.submit[i]
+    wait = sim.s[0].now - p.jobs[i].submit
     if order == WFP3:  # Tang et al., Cluster 2009
-        ratio = wait / p.requested[i]
-        return -(ratio * ratio * ratio) * p.size[i]
+        ratio = wait / p.jobs[i].requested
+        return -(ratio * ratio * ratio) * p.jobs[i].size
     if order == UNICEP:
-        return -wait / (max(1e-3, np.log2(p.size[i])) * p.requested[i])
+        return -wait / (max(1e-3, np.log2(p.jobs[i].size)) * p.jobs[i].requested)
     if order == UNICEP_RLSCHEDULER:
-        return -(wait + 1e-15) / (np.log2(p.size[i] + 1e-15) * p.requested[i])
+        return -(wait + 1e-15) / (np.log2(p.jobs[i].size + 1e-15) * p.jobs[i].requested)
     if order == XF:
-        return -(wait + p.requested[i]) / p.requested[i]
+        return -(wait + p.jobs[i].requested) / p.jobs[i].requested
     if order == SJF_HISTORY:
         return estimate(sim, p, i)
-    return estimate(sim, p, i) * p.size[i]  # SAF_HISTORY
+    return estimate(sim, p, i) * p.jobs[i].size  # SAF_HISTORY
 
 
 @kernel
@@ -392,7 +446,7 @@ def head_job(sim, p):
     best, best_score = -1, np.inf
     for k in range(sim.s[0].queued):
         i = sim.queue[k]
-        value = p.head_score[i] if p.head <= STATIC else score(sim, p, p.head, i)
+        value = p.jobs[i].head_score if p.head <= STATIC else score(sim, p, p.head, i)
         if value < best_score or best < 0:
             best, best_score = i, value
     return best
@@ -402,9 +456,9 @@ def head_job(sim, p):
 def choose_node(sim, p, i):
     """The node on which a rule starts job i now, -1 where it may not start."""
     nodes = p.speed.shape[0]
-    if nodes == 1:
-        return 0 if allowed(sim, p, i, 0) else -1
     offset = 0
+    if nodes == 1:
+        return offset if allowed(sim, p, i, offset) else -1
     if p.nodes == ROUND_ROBIN:
         offset = sim.s[0].started % nodes
     elif p.nodes == RANDOM_NODE:
@@ -434,7 +488,7 @@ def choose_reservation(sim, p, i):
         for r in range(p.demand.shape[1]):
             possible &= p.demand[i, r] <= p.capacity[m, r]
         if possible:
-            end = shadow_time(sim, p, i, m, sim.spare) + p.requested[i] / p.speed[m]
+            end = shadow_time(sim, p, i, m, sim.spare) + p.jobs[i].requested / p.speed[m]
             if end < best_end:
                 best, best_end = m, end
     return best
@@ -508,9 +562,9 @@ def act(sim, p, i, m):
 def lock_in_event(sim, p):
     """RLScheduler's clock: one arrival, or else one completion, at a time."""
     s = sim.s[0]
-    end = sim.end[s.running - 1] if s.running > 0 else np.inf
-    if s.arrived < s.stop and p.submit[s.arrived] <= end:
-        s.now = max(s.now, p.submit[s.arrived])
+    end = sim.ends[s.running - 1].time if s.running > 0 else np.inf
+    if s.arrived < s.stop and p.jobs[s.arrived].submit <= end:
+        s.now = max(s.now, p.jobs[s.arrived].submit)
         enqueue(sim, p, s.arrived)
         s.arrived += 1
     elif s.running > 0:
@@ -524,8 +578,8 @@ def lock_in_event(sim, p):
 @kernel
 def due_of(sim, p, k):
     """The requested end of the k-th entry of `end_job`."""
-    i = sim.end_job[k]
-    return sim.start[i] + p.requested[i] / p.speed[sim.node[i]]
+    i = sim.ends[k].job
+    return sim.plan[i].start + p.jobs[i].requested / p.speed[sim.plan[i].node]
 
 
 @kernel
@@ -541,22 +595,31 @@ def lock_in_start(sim, p, i, m):
     if not fits(sim, p, i, m):
         for k in range(1, s.running):  # its sort by requested end is what orders equal ends from now on
             j = k
-            while j > 0 and p.easy and sim.end[j - 1] == sim.end[j] and due_of(sim, p, j - 1) < due_of(sim, p, j):
-                sim.end_job[j - 1], sim.end_job[j] = sim.end_job[j], sim.end_job[j - 1]
+            while (
+                j > 0
+                and p.easy
+                and sim.ends[j - 1].time == sim.ends[j].time
+                and due_of(sim, p, j - 1) < due_of(sim, p, j)
+            ):
+                sim.ends[j - 1].job, sim.ends[j].job = sim.ends[j].job, sim.ends[j - 1].job
                 j -= 1
-        free = sim.free[m] - p.demand[i]
+        for r in range(sim.spare.shape[0]):
+            sim.spare[r] = sim.free[m, r]
         for k in range(s.running):
-            j = sim.due_job[k]
-            if sim.node[j] == m:
-                free += p.demand[j]
-                shadow = sim.due[k]
-                if free.min() >= 0:
+            j = sim.dues[k].job
+            if sim.plan[j].node == m:
+                shadow = sim.dues[k].time
+                enough = True
+                for r in range(p.demand.shape[1]):
+                    sim.spare[r] += p.demand[j, r]
+                    enough &= sim.spare[r] >= p.demand[i, r]
+                if enough:
                     break
     while not fits(sim, p, i, m):
         k = 0
         while p.easy and k < s.queued:
             j = sim.queue[k]
-            if s.now + p.requested[j] / p.speed[m] < shadow and fits(sim, p, j, m):
+            if s.now + p.jobs[j].requested / p.speed[m] < shadow and fits(sim, p, j, m):
                 begin(sim, p, j, m)
             else:
                 k += 1
@@ -568,33 +631,34 @@ def lock_in_start(sim, p, i, m):
 def overtaken(sim):
     """Whether a job still queued here has started on the stored trajectory."""
     for k in range(sim.s[0].queued):
-        if sim.start[sim.queue[k]] <= sim.s[0].now:
+        if sim.plan[sim.queue[k]].start <= sim.s[0].now:
             return True
     return False
 
 
 @kernel
-def finish_by_rule(sim, p, full):
-    """Let the rule go on to the end, or until it meets the trajectory stored in `start` and `node`.
+def run_rule(sim, p, until):
+    """Let the rule go on until more than `until` jobs have arrived or, unless s.full, it meets the stored plan.
 
     They have met when, at the end of an instant, every job that started differently has ended in both (`clear`) and
     none waits here that has started there: from then on the two are the same.
     """
     s = sim.s[0]
-    while p.lock_in:
-        while s.queued == 0:
-            if not lock_in_event(sim, p):
+    while s.arrived <= until:
+        if p.lock_in:
+            if s.queued > 0:
+                i = head_job(sim, p)
+                m = choose_node(sim, p, i)
+                lock_in_start(sim, p, i, m if m >= 0 else choose_reservation(sim, p, i))
+                s.decisions += 1
+            elif not lock_in_event(sim, p):
                 return
-        i = head_job(sim, p)
-        m = choose_node(sim, p, i)
-        lock_in_start(sim, p, i, m if m >= 0 else choose_reservation(sim, p, i))
-        s.decisions += 1
-    while True:
+            continue
         i, m = rule_decision(sim, p)
         if i >= 0:
             act(sim, p, i, m)
             s.decisions += 1
-        elif (not full and s.now >= s.clear and not overtaken(sim)) or not next_event(sim, p):
+        elif (not s.full and s.now >= s.clear and not overtaken(sim)) or not next_event(sim, p):
             return
 
 
@@ -650,8 +714,8 @@ def settle(sim, p, window):
 def job_row(sim, p, i, row, spare, legal):
     """Fill the features of job i, and legal[m]: whether it may start or be reserved on node m."""
     s = sim.s[0]
-    wait = np.float32(s.now - p.submit[i])
-    requested = np.float32(p.requested[i])
+    wait = np.float32(s.now - p.jobs[i].submit)
+    requested = np.float32(p.jobs[i].requested)
     row[WAITED] = np.log(np.float32(1) + wait) * np.float32(1 / 12)
     row[EXPANSION] = np.log(np.float32(1) + wait / requested) * np.float32(0.2)
     fit = may = False
@@ -679,12 +743,11 @@ def job_row(sim, p, i, row, spare, legal):
 
 
 @kernel
-def observe(sim, p, window, obs, mask):
+def observe(sim, p, window, obs, mask, spare):
     """Write the observation (float32[D], see `split`) and the mask (bool[K*M + 1]) of a decision point."""
     s = sim.s[0]
     nodes, resources = p.capacity.shape
     visible = min(window, s.queued)
-    spare = np.empty(resources)
     s.rule_job, s.rule_node = rule_decision(sim, p)
     job_width, node_width = JOB_WIDTH + resources, NODE_WIDTH + 2 * resources
     obs[:] = 0
@@ -699,17 +762,17 @@ def observe(sim, p, window, obs, mask):
             row[JOB_WIDTH + r] = p.features[i, STATIC_FEATURES + r]
         job_row(sim, p, i, row, spare, mask[k * nodes : (k + 1) * nodes])
         row[POSITION] = k / window
-        work += p.requested[i] * p.size[i]
+        work += p.jobs[i].requested * p.jobs[i].size
     mask[window * nodes] = s.reserved >= 0 and not p.lock_in
     until_shadow = np.log1p(max(0.0, s.shadow - s.now)) / 12 if s.reserved >= 0 else 0.0
     for m in range(nodes):
         row = obs[window * job_width + m * node_width : window * job_width + (m + 1) * node_width]
-        row[0] = p.speed[m] / p.speed.max()
+        row[0] = p.speed[m] / p.fastest
         if s.reserved >= 0 and m == s.reserved_node:
             row[1], row[2] = 1, until_shadow
         for k in range(s.running):
-            if sim.node[sim.due_job[k]] == m:
-                row[3] = np.log1p(max(0.0, sim.due[k] - s.now)) / 12
+            if sim.plan[sim.dues[k].job].node == m:
+                row[3] = np.log1p(max(0.0, sim.dues[k].time - s.now)) / 12
                 break
         row[4] = m == s.rule_node
         for r in range(resources):
@@ -721,9 +784,17 @@ def observe(sim, p, window, obs, mask):
     row[2] = np.log1p(s.running) / 8
     row[3], row[4] = s.reserved >= 0, until_shadow
     row[5] = s.rule_job < 0
-    row[6] = np.log1p(work / p.capacity[:, 0].sum()) / 12
+    row[6] = np.log1p(work / p.total) / 12
     for a in range(mask.shape[0]):
         row[CLUSTER_WIDTH + a] = mask[a]
+
+
+@kernel
+def copy_rows(source, to):
+    """As many rows as `to` has (an assignment of slices would allocate, in case they overlap)."""
+    for k in range(to.shape[0]):
+        for r in range(to.shape[1]):
+            to[k, r] = source[k, r]
 
 
 @kernel
@@ -731,14 +802,20 @@ def copy_sim(sim, to):
     s, t = sim.s[0], to.s[0]
     t.now, t.shadow, t.gain, t.clear, t.paid = s.now, s.shadow, s.gain, s.clear, s.paid
     t.arrived, t.stop, t.queued, t.running, t.scan = s.arrived, s.stop, s.queued, s.running, s.scan
-    t.reserved, t.reserved_node, t.started = s.reserved, s.reserved_node, s.started
-    to.queue[: s.queued] = sim.queue[: s.queued]
-    to.order[: s.queued] = sim.order[: s.queued]
-    to.end[: s.running], to.end_job[: s.running] = sim.end[: s.running], sim.end_job[: s.running]
-    to.due[: s.running], to.due_job[: s.running] = sim.due[: s.running], sim.due_job[: s.running]
-    to.free[:], to.spare[:] = sim.free, sim.spare
-    if to.history.shape[0] > 0:
-        to.history[:] = sim.history
+    t.reserved, t.reserved_node, t.started, t.full = s.reserved, s.reserved_node, s.started, s.full
+    for k in range(s.queued):
+        to.queue[k], to.order[k] = sim.queue[k], sim.order[k]
+    for k in range(s.running):
+        to.ends[k].time, to.ends[k].job, to.dues[k].time, to.dues[k].job = (
+            sim.ends[k].time,
+            sim.ends[k].job,
+            sim.dues[k].time,
+            sim.dues[k].job,
+        )
+    copy_rows(sim.free, to.free)
+    copy_rows(sim.history, to.history)
+    for r in range(sim.spare.shape[0]):
+        to.spare[r] = sim.spare[r]
 
 
 @kernel
@@ -757,32 +834,22 @@ Past = namedtuple("Past", "offset end run")
 
 
 @kernel
-def episode_of(whole, batch, e):
-    """The views of environment e: its jobs, and its state."""
-    s = batch.s[e]
-    a, b = s.first, s.first + s.stop
-    p = Problem(
-        whole.submit[a:b], whole.run[a:b], whole.requested[a:b], whole.demand[a:b], whole.size[a:b],
-        whole.head_score[a:b], whole.backfill_score[a:b], whole.features[a:b], batch.groups[e],
-        whole.capacity, whole.speed, whole.unit, whole.head, whole.backfill, whole.mode, whole.nodes,
-        whole.sorted_head, whole.objective, whole.easy, whole.lock_in,
+def problem_of(whole, batch, e):
+    """The problem of environment e, whose jobs are some of the whole."""
+    a, b = batch.s[e].first, batch.s[e].first + batch.s[e].stop
+    return Problem(
+        whole.jobs[a:b], whole.demand[a:b], whole.features[a:b], batch.groups[e],
+        whole.capacity, whole.speed, whole.unit, whole.fastest, whole.total,
+        whole.head, whole.backfill, whole.mode, whole.nodes, whole.sorted_head,
+        whole.objective, whole.easy, whole.lock_in,
     )  # fmt: skip
-    b = batch
-    sim = Sim(
-        b.s[e : e + 1], b.queue[e], b.order[e], b.end[e], b.end_job[e], b.due[e], b.due_job[e], b.free[e], b.spare[e],
-        b.start[e], b.node[e], b.history[e],
-    )  # fmt: skip
-    return p, sim
 
 
 @kernel
-def scratch_of(others, thread, sim):
-    """A state to roll out in: the thread's own, but for the trajectory, which is the environment's."""
-    b, e = others, thread
-    return Sim(
-        b.s[e : e + 1], b.queue[e], b.order[e], b.end[e], b.end_job[e], b.due[e], b.due_job[e], b.free[e], b.spare[e],
-        sim.start, sim.node, b.history[e],
-    )  # fmt: skip
+def sim_of(batch, e, plan):
+    """Row e of the batch of states, with that plan (roll-outs share their environment's)."""
+    b = batch
+    return Sim(b.s[e : e + 1], b.queue[e], b.order[e], b.ends[e], b.dues[e], b.free[e], b.spare[e], b.history[e], plan)
 
 
 @kernel
@@ -797,7 +864,7 @@ def seed_history(sim, p, groups, past, mark):
                 first, last = past.offset[g], past.offset[g + 1]
                 while first < last:
                     middle = (first + last) // 2
-                    if past.end[middle] <= p.submit[0]:
+                    if past.end[middle] <= p.jobs[0].submit:
                         first = middle + 1
                     else:
                         last = middle
@@ -819,9 +886,10 @@ def clear_sim(sim, p):
     s = sim.s[0]
     s.arrived, s.queued, s.running, s.scan, s.started, s.decisions = 0, 0, 0, 0, 0, 0
     s.reserved, s.reserved_node, s.rule_job, s.rule_node = -1, -1, -1, -1
-    s.now, s.paid, s.returned, s.on_track = p.submit[0], 0.0, 0.0, 1
-    sim.free[:] = p.capacity
-    sim.start[:], sim.node[:] = np.inf, 0
+    s.now, s.paid, s.returned, s.on_track, s.full = p.jobs[0].submit, 0.0, 0.0, 1, 1
+    copy_rows(p.capacity, sim.free)
+    for i in range(s.stop):
+        sim.plan[i].start, sim.plan[i].node = np.inf, 0
 
 
 @kernel
@@ -829,20 +897,9 @@ def reset_env(sim, p, other, plan):
     """Let the rule run the warm-up, find the first choice, and simulate what the rule would make of the rest."""
     s = sim.s[0]
     clear_sim(sim, p)
-    while s.arrived <= plan.warmup:
-        if p.lock_in:
-            if s.queued > 0:
-                i = head_job(sim, p)
-                m = choose_node(sim, p, i)
-                lock_in_start(sim, p, i, m if m >= 0 else choose_reservation(sim, p, i))
-            else:
-                lock_in_event(sim, p)
-            continue
-        i, m = rule_decision(sim, p)
-        if i >= 0:
-            act(sim, p, i, m)
-        else:
-            next_event(sim, p)
+    run_rule(sim, p, plan.warmup)
+    if plan.window == 0:
+        return
     settle(sim, p, plan.window)
     s.paid, s.decisions = 0.0, 0
     s.counted = s.queued + s.stop - s.arrived
@@ -850,10 +907,11 @@ def reset_env(sim, p, other, plan):
     s.cost = s.paid_first
     if plan.improvement:
         copy_sim(sim, other)
-        finish_by_rule(other, p, True)
+        run_rule(other, p, s.stop)
         s.cost = other.s[0].paid - s.paid_first  # the reference's cost from here on: what rewards are relative to
         if s.cost <= 0:
             s.cost = np.float64(s.counted)
+    s.full = plan.full
 
 
 @kernel
@@ -875,61 +933,47 @@ def step_env(sim, p, other, plan, action):
     s.decisions += 1
     more = settle(sim, p, plan.window)
     truncated = more and plan.followup > 0 and s.arrived > plan.warmup + plan.decided
-    if plan.improvement:
-        reward = 0.0
-        if not s.on_track:
-            copy_sim(sim, other)
-            finish_by_rule(other, p, plan.full)
-            reward = other.s[0].gain / s.cost
-    else:
-        paid = accrued(sim, p)
-        if truncated:
-            copy_sim(sim, other)
-            finish_by_rule(other, p, True)
-            paid = other.s[0].paid
+    reward = 0.0
+    if truncated if not plan.improvement else not s.on_track:
+        copy_sim(sim, other)
+        run_rule(other, p, s.stop)
+        reward = other.s[0].gain / s.cost
+    if not plan.improvement:
+        paid = other.s[0].paid if truncated else accrued(sim, p)
         reward = (s.cost - paid) / s.counted
         s.cost = paid
     s.returned += reward
     return reward, not more, truncated
 
 
-@kernel
+@entry
 def reset_envs(indices, whole, batch, others, thread, past, mark, plan, obs, mask):
     for e in indices:
-        p, sim = episode_of(whole, batch, e)
-        other = scratch_of(others, thread, sim)
+        p, sim = by_reference(problem_of(whole, batch, e)), by_reference(sim_of(batch, e, batch.plan[e]))
+        other = by_reference(sim_of(others, thread, batch.plan[e]))
         first = batch.s[e].first
         if sim.history.shape[0] > 0:
             seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, mark)
         reset_env(sim, p, other, plan)
-        observe(sim, p, plan.window, obs[e], mask[e])
+        if plan.window > 0:
+            observe(sim, p, plan.window, obs[e], mask[e], other.spare)
 
 
-@kernel
+@entry
 def step_envs(low, high, actions, whole, batch, others, thread, plan, obs, mask, rewards, terminated, truncated):
     for e in range(low, high):
-        p, sim = episode_of(whole, batch, e)
-        other = scratch_of(others, thread, sim)
+        p, sim = by_reference(problem_of(whole, batch, e)), by_reference(sim_of(batch, e, batch.plan[e]))
+        other = by_reference(sim_of(others, thread, batch.plan[e]))
         action = actions[e]
         if action < 0 or action >= mask.shape[1] or not mask[e, action]:
-            action = np.argmax(mask[e])  # an illegal action counts as the first legal one
+            action = 0  # an illegal action counts as the first legal one
+            while not mask[e, action]:
+                action += 1
         rewards[e], terminated[e], truncated[e] = step_env(sim, p, other, plan, action)
         if not terminated[e]:
-            observe(sim, p, plan.window, obs[e], mask[e])
+            observe(sim, p, plan.window, obs[e], mask[e], other.spare)
         else:
             obs[e], mask[e] = 0, False
-
-
-@kernel
-def replay_envs(low, high, whole, batch, past, mark):
-    """Every job of the episode scheduled by the rule."""
-    for e in range(low, high):
-        p, sim = episode_of(whole, batch, e)
-        first = batch.s[e].first
-        if sim.history.shape[0] > 0:
-            seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, mark)
-        clear_sim(sim, p)
-        finish_by_rule(sim, p, True)
 
 
 # ------------------------------------------------------------------------------------------- from jobs to arrays
@@ -1028,6 +1072,7 @@ class _Simulator:
         count: int,
         length: int,
         *,
+        threads: int = 1,
         objective: str = "latency",
         backfill: str = "easy",
         lock_in: bool = False,
@@ -1036,42 +1081,66 @@ class _Simulator:
     ) -> None:
         jobs, cluster = workload.jobs, workload.cluster
         _check(jobs, cluster)
-        self.jobs, self.cluster = jobs, cluster
+        self.jobs, self.cluster, self.length = jobs, cluster, length
         size = job_size(jobs, cluster)
         unit = 1.0 / cluster.capacity.max(0)
         features = np.column_stack(
             [np.ones(len(jobs)), np.log1p(jobs.requested_time) / 12, np.log2(1 + size) / 10]
             + [np.log1p(jobs.requested_time * size) / 20, jobs.demand * unit]
         )
-        self.uses_history = {rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY} != set()
+        self.rule_uses_history = bool({rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY})
+        history = history or self.rule_uses_history
         groups = _groups(jobs) if history else np.full((len(jobs), 3), -1, np.int32)
         self.past = _past(jobs, groups)
-        self.mark = np.full(len(self.past.offset), -1, np.int64)
-        head_score = static_score(rule.head, jobs, size) if scores is None else scores
+        table = np.empty(len(jobs), JOB)
+        table["submit"], table["run"], table["requested"] = jobs.submit_time, jobs.run_time, jobs.requested_time
+        table["size"], table["head_score"] = size, static_score(rule.head, jobs, size) if scores is None else scores
+        table["backfill_score"] = static_score(rule.backfill, jobs, size) if scores is None else scores
         self.whole = Problem(
-            *(
-                np.ascontiguousarray(x)
-                for x in (jobs.submit_time, jobs.run_time, jobs.requested_time, jobs.demand, size)
-            ),
-            np.ascontiguousarray(head_score),
-            np.ascontiguousarray(static_score(rule.backfill, jobs, size) if scores is None else scores),
-            features.astype(np.float32),
-            groups,
-            cluster.capacity,
-            cluster.speed,
-            unit,
-            rule.head,
-            rule.backfill,
-            rule.mode,
-            rule.nodes,
-            rule.head == rule.backfill and rule.head <= STATIC,
-            OBJECTIVES[objective],
-            backfill == "easy",
-            lock_in,
-        )
-        self.batch = self.allocate(count, length, 3 * length if history else 0)
+            table, np.ascontiguousarray(jobs.demand), features.astype(np.float32), groups,
+            cluster.capacity, cluster.speed, unit, float(cluster.speed.max()), float(cluster.capacity[:, 0].sum()),
+            *rule[1:], rule.head == rule.backfill and rule.head <= STATIC,
+            OBJECTIVES[objective], backfill == "easy", lock_in,
+        )  # fmt: skip
+        self.batch = self._allocate(count, length, 3 * length if history else 0)
+        self.batch.s["stop"] = length
+        self._others = self._allocate(threads, length, 3 * length if self.rule_uses_history else 0)
+        self._marks = [np.full(len(self.past.offset), -1, np.int64) for _ in range(threads)]
+        self._bounds = np.linspace(0, count, threads + 1).astype(int)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
-    def allocate(self, count: int, length: int, groups: int) -> Any:
+    def reset(self, indices: np.ndarray, plan: Plan, obs: np.ndarray, mask: np.ndarray) -> None:
+        """Start the simulations `indices` at their `first` jobs; plan.window 0: the rule schedules all `stop` of them."""
+
+        def work(thread: int, low: int, high: int) -> None:
+            mine = indices[(indices >= low) & (indices < high)]
+            mark = self._marks[thread]
+            reset_envs(mine, self.whole, self.batch, self._others, thread, self.past, mark, plan, obs, mask)
+
+        self._parallel(work)
+
+    def step(self, actions: np.ndarray, plan: Plan, obs: np.ndarray, mask: np.ndarray, *out: np.ndarray) -> None:
+        """Take an action in every simulation; `out`: rewards, terminated, truncated."""
+
+        def work(thread: int, low: int, high: int) -> None:
+            step_envs(low, high, actions, self.whole, self.batch, self._others, thread, plan, obs, mask, *out)
+
+        self._parallel(work)
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown()
+
+    def _parallel(self, work: Callable[[int, int, int], None]) -> None:
+        """work(thread, low, high) over the simulations, a thread a part (the kernels release the GIL)."""
+        with _compiling():
+            parts = list(zip(range(len(self._marks)), self._bounds[:-1], self._bounds[1:], strict=True))
+            if self._pool:
+                list(self._pool.map(lambda part: work(*part), parts))
+            else:
+                work(*parts[0])
+
+    def _allocate(self, count: int, length: int, groups: int) -> Any:
         """`count` states for episodes of at most `length` jobs, with histories of `groups` groups."""
         nodes, resources = self.cluster.capacity.shape
 
@@ -1080,23 +1149,23 @@ class _Simulator:
 
         return Batch(
             np.zeros(count, SCALARS),
-            *(empty(length, dtype=np.int32), empty(length, dtype=np.int32)),
-            *(empty(length), empty(length, dtype=np.int32), empty(length), empty(length, dtype=np.int32)),
-            *(empty(nodes, resources), empty(resources)),
-            *(empty(length), empty(length, dtype=np.int32)),
+            empty(length, dtype=np.int64),
+            empty(length, dtype=np.int64),
+            empty(length, dtype=TIMED),
+            empty(length, dtype=TIMED),
+            empty(nodes, resources),
+            empty(resources),
             empty(groups, 4),
+            empty(length, dtype=START),
             empty(length, 3, dtype=np.int32),
         )
 
     def schedule(self, e: int, first: int = 0, last: int | None = None) -> Schedule:
         """What simulation e did, or plans to do, with its jobs first..last."""
         s = self.batch.s[e]
-        a, b = s["first"] + first, s["first"] + (s["stop"] if last is None else last)
-        start, node = (
-            self.batch.start[e, a - s["first"] : b - s["first"]],
-            self.batch.node[e, a - s["first"] : b - s["first"]],
-        )
-        return Schedule(self.jobs[a:b], self.cluster, start.copy(), node.copy(), int(s["decisions"]))
+        last = s["stop"] if last is None else last
+        plan, jobs = self.batch.plan[e, first:last], self.jobs[s["first"] + first : s["first"] + last]
+        return Schedule(jobs, self.cluster, plan["start"].copy(), plan["node"].copy(), int(s["decisions"]))
 
 
 Batch = namedtuple("Batch", Sim._fields + ("groups",))
@@ -1133,14 +1202,13 @@ def simulate(
     rule = parse_rule(rule) if isinstance(rule, str) else rule
     segments = workload.segments if segments is None else np.asarray(segments)
     lengths = segments[:, 1] - segments[:, 0]
-    history = {rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY} != set()
-    with _compiling():
-        core = _Simulator(
-            workload, rule, len(segments), int(lengths.max()),
-            backfill=backfill, lock_in=lock_in, history=history, scores=scores,
-        )  # fmt: skip
-        core.batch.s["first"], core.batch.s["stop"] = segments[:, 0], lengths
-        replay_envs(0, len(segments), core.whole, core.batch, core.past, core.mark)
+    core = _Simulator(
+        workload, rule, len(segments), int(lengths.max()),
+        backfill=backfill, lock_in=lock_in, history=False, scores=scores,
+    )  # fmt: skip
+    core.batch.s["first"], core.batch.s["stop"] = segments[:, 0], lengths
+    nothing = np.zeros((len(segments), 0), np.float32)
+    core.reset(np.arange(len(segments)), Plan(0, core.length, 0, 0, False, True), nothing, nothing.astype(bool))
     return [core.schedule(e) for e in range(len(segments))]
 
 
@@ -1281,17 +1349,11 @@ class SchedulerVectorEnv(VectorEnv):
         self.split = self.layout.split
         rule = parse_rule(reference)
         self._core = _Simulator(
-            self.workload, rule, num_envs, self.length, objective=objective, backfill=backfill, lock_in=lock_in
-        )
-        self._core.batch.s["stop"] = self.length
-        full = full_rollouts or lock_in or self._core.uses_history
-        improvement = reward == "improvement"
-        self._plan = Plan(queue_window, warmup_jobs, num_jobs, followup_jobs, improvement, full)
-        threads = min(num_threads or os.cpu_count() or 1, num_envs)
-        self._bounds = np.linspace(0, num_envs, threads + 1).astype(int)
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._others = self._core.allocate(threads, self.length, 3 * self.length if self._core.uses_history else 0)
-        self._marks = [self._core.mark.copy() for _ in range(threads)]
+            self.workload, rule, num_envs, self.length, threads=min(num_threads or os.cpu_count() or 1, num_envs),
+            objective=objective, backfill=backfill, lock_in=lock_in,
+        )  # fmt: skip
+        full = full_rollouts or lock_in or self._core.rule_uses_history or reward == "cost"
+        self._plan = Plan(queue_window, warmup_jobs, num_jobs, followup_jobs, reward == "improvement", full)
         self._obs = np.zeros((num_envs, self.layout.size), np.float32)
         self._mask = np.zeros((num_envs, self.layout.actions), bool)
         self._rewards = np.zeros(num_envs)
@@ -1314,14 +1376,12 @@ class SchedulerVectorEnv(VectorEnv):
             )
             self._generators = [np.random.default_rng(s) for s in seeds]
         first = (options or {}).get("first")
-        with _compiling():
-            self._reset(np.arange(self.num_envs), first)
+        self._reset(np.arange(self.num_envs), first)
         return self._obs, {"action_mask": self._mask}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision in every environment; those that end are reset (`final_obs` and `final_info` in the infos)."""
-        with _compiling():
-            self._step(actions)
+        self._step(actions)
         infos: dict[str, Any] = {}
         done = np.flatnonzero(self._terminated | self._truncated)
         if len(done):
@@ -1357,31 +1417,13 @@ class SchedulerVectorEnv(VectorEnv):
         return tuple(draw(e) for e in range(self.num_envs))
 
     def close_extras(self, **_: Any) -> None:
-        if self._pool:
-            self._pool.shutdown()
-
-    def _parallel(self, work: Any) -> None:
-        """work(thread, low, high) over the environments, a thread a part (the kernels release the GIL)."""
-        parts = list(zip(range(len(self._marks)), self._bounds[:-1], self._bounds[1:], strict=True))
-        if self._pool:
-            list(self._pool.map(lambda part: work(*part), parts))
-        else:
-            work(*parts[0])
+        self._core.close()
 
     def _reset(self, indices: np.ndarray, first: Any = None) -> None:
-        core = self._core
         if first is None:
             first = [self._draw(self._generators[e]) for e in indices]
-        core.batch.s["first"][indices] = first
-
-        def work(thread: int, low: int, high: int) -> None:
-            mine = indices[(indices >= low) & (indices < high)]
-            reset_envs(
-                mine, core.whole, core.batch, self._others, thread, core.past, self._marks[thread], self._plan,
-                self._obs, self._mask,
-            )  # fmt: skip
-
-        self._parallel(work)
+        self._core.batch.s["first"][indices] = first
+        self._core.reset(indices, self._plan, self._obs, self._mask)
 
     def _draw(self, generator: np.random.Generator) -> int:
         """The first job of a random episode: all places in all segments are as likely."""
@@ -1390,15 +1432,8 @@ class SchedulerVectorEnv(VectorEnv):
         return int(self.workload.segments[segment, 0]) + place - (int(self._places[segment - 1]) if segment else 0)
 
     def _step(self, actions: np.ndarray) -> None:
-        core, actions = self._core, np.asarray(actions, np.int64)
-
-        def work(thread: int, low: int, high: int) -> None:
-            step_envs(
-                low, high, actions, core.whole, core.batch, self._others, thread, self._plan,
-                self._obs, self._mask, self._rewards, self._terminated, self._truncated,
-            )  # fmt: skip
-
-        self._parallel(work)
+        out = self._rewards, self._terminated, self._truncated
+        self._core.step(np.asarray(actions, np.int64), self._plan, self._obs, self._mask, *out)
 
     def _final_info(self, e: int) -> dict[str, Any]:
         metrics = self._core.schedule(e, self.warmup_jobs, self.warmup_jobs + self.num_jobs).metrics()
