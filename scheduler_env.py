@@ -1084,9 +1084,10 @@ class _Simulator:
         self.jobs, self.cluster, self.length = jobs, cluster, length
         size = job_size(jobs, cluster)
         unit = 1.0 / cluster.capacity.max(0)
+        requested = np.maximum(jobs.requested_time, 0.0)  # -1 in some published sequences
         features = np.column_stack(
-            [np.ones(len(jobs)), np.log1p(jobs.requested_time) / 12, np.log2(1 + size) / 10]
-            + [np.log1p(jobs.requested_time * size) / 20, jobs.demand * unit]
+            (np.ones(len(jobs)), np.log1p(requested) / 12, np.log2(1 + size) / 10, np.log1p(requested * size) / 20)
+            + (jobs.demand * unit,)
         )
         self.rule_uses_history = bool({rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY})
         history = history or self.rule_uses_history
@@ -1110,7 +1111,7 @@ class _Simulator:
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def reset(self, indices: np.ndarray, plan: Plan, obs: np.ndarray, mask: np.ndarray) -> None:
-        """Start the simulations `indices` at their `first` jobs; plan.window 0: the rule schedules all `stop` of them."""
+        """Start the simulations `indices` at their `first` jobs; plan.window 0: the rule schedules all their jobs."""
 
         def work(thread: int, low: int, high: int) -> None:
             mine = indices[(indices >= low) & (indices < high)]
@@ -1168,7 +1169,7 @@ class _Simulator:
         return Schedule(jobs, self.cluster, plan["start"].copy(), plan["node"].copy(), int(s["decisions"]))
 
 
-Batch = namedtuple("Batch", Sim._fields + ("groups",))
+Batch = namedtuple("Batch", (*Sim._fields, "groups"))
 
 
 def _check(jobs: Jobs, cluster: Cluster) -> None:
@@ -1380,17 +1381,36 @@ class SchedulerVectorEnv(VectorEnv):
         return self._obs, {"action_mask": self._mask}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One decision in every environment; those that end are reset (`final_obs` and `final_info` in the infos)."""
+        """One decision in every environment. Those that end are reset: see `final_obs`, `final_info` and
+        `final_schedule` (a Schedule of all the jobs) in the infos.
+        """
         self._step(actions)
         infos: dict[str, Any] = {}
         done = np.flatnonzero(self._terminated | self._truncated)
         if len(done):
             for e in done:
                 final = {"final_obs": self._obs[e].copy(), "final_info": self._final_info(e)}
+                final["final_schedule"] = self.schedule(e)
                 infos = self._add_info(infos, final, e)
             self._reset(done)
         infos["action_mask"] = self._mask
         return self._obs, self._rewards.copy(), self._terminated.copy(), self._truncated.copy(), infos
+
+    @property
+    def observations(self) -> np.ndarray:
+        """float32[num_envs, D]: the current ones (the buffer that `reset` and `step` return)."""
+        return self._obs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on from here as if never interrupted."""
+        names = ("_obs", "_mask", "_generators")
+        return {"batch": self._core.batch._asdict(), **{name: getattr(self, name) for name in names}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where an environment with the same arguments was when it gave its `state_dict`."""
+        for name, array in state["batch"].items():
+            getattr(self._core.batch, name)[...] = array
+        self._obs[...], self._mask[...], self._generators = state["_obs"], state["_mask"], state["_generators"]
 
     def action_masks(self) -> np.ndarray:
         """bool[num_envs, K*M + 1]: the legal actions (where sb3-contrib looks for them)."""

@@ -1,0 +1,244 @@
+"""What can choose the next job: a rule by name, or a trained policy.onnx by path.
+
+    from policies import load_policy
+    policy = load_policy("runs/cloud__ppo_scheduler__1__1700000000/policy.onnx")  # or load_policy("easy-sjf")
+    [schedule] = policy.schedule(load_workload("my_cluster.swf.gz", "test"))
+    action = policy.predict(observation)
+
+B counts observations, K the jobs in the window, M nodes, R resources; the action K*M waits for the next event.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from scheduler_env import (
+    CLUSTER_FEATURES,
+    JOB_FEATURES,
+    NODE_FEATURES,
+    RULES,
+    Layout,
+    Observation,
+    Schedule,
+    SchedulerVectorEnv,
+    parse_rule,
+    simulate,
+)
+from workloads import Workload
+
+METADATA_KEY, VERSION = "resourcerl", 1
+# What an observation says of the reference rule's own choice.
+JOB_CHOICE, NODE_CHOICE = JOB_FEATURES.index("rule_choice"), NODE_FEATURES.index("rule_choice")
+RULE_WAITS = CLUSTER_FEATURES.index("rule_waits")
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used. The message is one line: the file or name, what is wrong, the remedy."""
+
+
+class Policy(ABC):
+    """Chooses actions from observations, and replays workloads.
+
+    Attributes:
+        name: what tables call it.
+        reference: the rule that the environment behind the observations has to be made with (`reference=`).
+        layout: how the observations given to `predict` are laid out (`envs.layout`); set it for another cluster or
+            window. A rule has none until it is set.
+    """
+
+    name: str
+    reference: str
+    layout: Layout | None = None
+
+    def predict(self, observation: np.ndarray, deterministic: bool = True) -> int | np.ndarray:
+        """The action for an observation float32[D], or int64[B] for float32[B, D]: always one that the mask allows.
+
+        deterministic=False draws from the policy's distribution (a rule has only one choice).
+
+        Raises:
+            PolicyError: the observation is not of this policy's layout.
+        """
+        observation = np.asarray(observation, np.float32)
+        if self.layout is None or observation.shape[-1] != self.layout.size:
+            raise PolicyError(
+                f"{self.name}: an observation of {observation.shape[-1]} numbers does not have the layout "
+                f"{self.layout}; set policy.layout to that of the environment"
+            )
+        actions = self._choose(self.layout.split(np.atleast_2d(observation)), deterministic)
+        return actions if observation.ndim == 2 else int(actions[0])
+
+    @abstractmethod
+    def schedule(
+        self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
+    ) -> list[Schedule]:
+        """Replay the workload's segments, or others (int[S, 2] ranges of its jobs), each from an empty machine.
+
+        Args:
+            window: K of a trained policy, by default the one it was trained with; rules always see the whole queue.
+
+        Raises:
+            PolicyError: the policy was made for clusters with other resources.
+        """
+
+    @abstractmethod
+    def _logits(self, parts: Observation) -> np.ndarray:
+        """float32[B, K*M + 1]; what is said of forbidden actions does not matter."""
+
+    def _choose(self, parts: Observation, deterministic: bool = True) -> np.ndarray:
+        # nan_to_num: whatever a network says, some legal action is above all forbidden ones.
+        logits = np.where(parts.mask > 0, np.nan_to_num(self._logits(parts)), -np.inf)
+        if not deterministic:  # the Gumbel-max trick: the largest of the perturbed is a draw from the softmax
+            logits = logits + np.random.default_rng().gumbel(size=logits.shape)
+        return logits.argmax(axis=1)
+
+
+def rule_logits(parts: Observation) -> np.ndarray:
+    """float32[B, K*M + 1]: all for what the reference rule would do, as the observations tell; zeros where that is
+    hidden (a job beyond the window), which makes it the first legal action."""
+    starts = (parts.jobs[:, :, None, JOB_CHOICE] * parts.nodes[:, None, :, NODE_CHOICE]).reshape(len(parts.jobs), -1)
+    return 1e6 * np.concatenate([starts, parts.cluster[:, RULE_WAITS, None]], axis=1)
+
+
+class RulePolicy(Policy):
+    """A classical rule (see `scheduler_env.RULES`). `predict` reads its choice from the observation."""
+
+    def __init__(self, name: str) -> None:
+        self.rule = parse_rule(name)
+        self.name = self.reference = name
+
+    def schedule(
+        self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
+    ) -> list[Schedule]:
+        return simulate(workload, self.rule, segments)
+
+    def _logits(self, parts: Observation) -> np.ndarray:
+        return rule_logits(parts)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a policy.onnx says about itself: JSON under the key "resourcerl" of the model's metadata."""
+
+    version: int
+    algorithm: str
+    workload: str
+    objective: str
+    reference: str
+    backfill: str
+    lock_in: bool
+    queue_window: int
+    nodes: int
+    resources: int
+    job_features: list[str]
+    node_features: list[str]
+    cluster_features: list[str]
+    steps: int
+    seed: int
+    rule: str | None  # where training did not beat this rule and the file stands for it
+
+
+class OnnxPolicy(Policy):
+    """A trained policy: a network that reads jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc] and mask[B, K*M + 1], all
+    float32, and gives logits[B, K*M + 1], for any B, K and M."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, "/".join(path.parts[-2:])
+        self.session = _session(path)
+        self.metadata = meta = _metadata(path, self.session)
+        self.reference = meta.rule or meta.reference
+        self.layout = Layout(meta.queue_window, meta.nodes, meta.resources)
+
+    def schedule(
+        self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
+    ) -> list[Schedule]:
+        meta, resources = self.metadata, workload.cluster.capacity.shape[1]
+        if resources != meta.resources:
+            raise PolicyError(
+                f"{self.path}: made for {meta.resources} resources ({meta.workload}), and {workload.name} has "
+                f"{resources}; train one for it: python ppo_scheduler.py --workload {workload.name}"
+            )
+        segments = workload.segments if segments is None else np.asarray(segments)
+        if meta.rule:
+            return simulate(workload, meta.rule, segments, backfill=meta.backfill, lock_in=meta.lock_in)
+        schedules: list[Schedule | None] = [None] * len(segments)
+        lengths = segments[:, 1] - segments[:, 0]
+        for length in np.unique(lengths):  # the episodes of one vector environment are equally long
+            chosen = np.flatnonzero(lengths == length)
+            part = replace(workload, segments=segments[chosen])
+            for index, schedule in zip(chosen, self._replay(part, int(length), window), strict=True):
+                schedules[index] = schedule
+        return schedules
+
+    def _replay(self, workload: Workload, length: int, window: int | None) -> list[Schedule]:
+        """Each of the workload's segments, which have `length` jobs, in an environment of its own."""
+        meta, count = self.metadata, len(workload.segments)
+        envs = SchedulerVectorEnv(
+            count, workload, num_jobs=length, warmup_jobs=0, followup_jobs=0, queue_window=window or meta.queue_window,
+            backfill=meta.backfill, objective=meta.objective, reward="cost", reference=meta.reference,
+            lock_in=meta.lock_in,
+        )  # fmt: skip
+        observations, infos = envs.reset(seed=0, options={"first": workload.segments[:, 0]})
+        schedules: list[Schedule | None] = [None] * count
+        while None in schedules:
+            observations, _, _, _, infos = envs.step(self._choose(envs.split(observations)))
+            # Environments that end start again at once: only the first end of each counts.
+            for e in np.flatnonzero(infos.get("_final_schedule", ())):
+                schedules[e] = schedules[e] or infos["final_schedule"][e]
+        envs.close()
+        return schedules
+
+    def _logits(self, parts: Observation) -> np.ndarray:
+        if self.metadata.rule:
+            return rule_logits(parts)
+        return self.session.run(["logits"], parts._asdict())[0]
+
+
+def load_policy(name_or_path: str) -> Policy:
+    """The rule of that name, or the trained policy in that file.
+
+    Raises:
+        PolicyError: no such rule or file, a file that is no ONNX or none of ours, or made for other features.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".onnx" or path.exists() or len(path.parts) > 1:
+        return OnnxPolicy(path)
+    try:
+        return RulePolicy(name_or_path)
+    except ValueError as error:
+        raise PolicyError(f"{error}; or give the path of a policy.onnx; all rules: {', '.join(RULES)}") from None
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise PolicyError(f"{path}: no such file; give the name of a rule or the path of a trained policy.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # for small batches threads cost more than they do
+    options.log_severity_level = 4  # what goes wrong is in the exception
+    try:
+        return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except OSError as error:
+        raise PolicyError(f"{path}: {error.strerror}; give a file that can be read") from None
+    except Exception:  # onnxruntime's errors have no class in common, and their texts several lines
+        raise PolicyError(f"{path}: no ONNX file, or a damaged one; export it again") from None
+
+
+def _metadata(path: Path, session: onnxruntime.InferenceSession) -> Metadata:
+    try:
+        found = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+        metadata = Metadata(**{field.name: found[field.name] for field in fields(Metadata)})
+    except (KeyError, TypeError, ValueError):
+        raise PolicyError(
+            f"{path}: an ONNX file, but no policy of ResourceRL's; export one with ppo_scheduler.py"
+        ) from None
+    if metadata.version != VERSION:
+        raise PolicyError(f"{path}: a policy of version {metadata.version}, and this is {VERSION}; train it again")
+    for name, ours in (("job", JOB_FEATURES), ("node", NODE_FEATURES), ("cluster", CLUSTER_FEATURES)):
+        if odd := sorted(set(getattr(metadata, f"{name}_features")) ^ set(ours)):
+            raise PolicyError(f"{path}: made for other {name} features ({', '.join(odd)} differ); train it again")
+    if {node.name for node in session.get_inputs()} != set(Observation._fields):
+        raise PolicyError(f"{path}: its inputs are not {', '.join(Observation._fields)}; train it again")
+    return metadata

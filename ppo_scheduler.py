@@ -1,0 +1,593 @@
+"""PPO that learns to schedule: masked actions, rewards relative to a rule, checkpoints picked on held-out jobs.
+
+    python ppo_scheduler.py                                              # the built-in cloud workload
+    python ppo_scheduler.py --workload my_cluster.swf.gz --objective wait   # your own trace
+    python ppo_scheduler.py --resume runs/<run_name>                     # go on as if never interrupted
+    tensorboard --logdir runs
+
+Writes runs/<run_name>/: TensorBoard events, args.json, checkpoint.pt, and policy.onnx, the best policy on the validation
+split. The test split is never read here: that is what benchmark.py is for. The algorithm is Schulman et al. 2017
+(https://arxiv.org/abs/1707.06347), laid out after CleanRL's ppo.py (Huang et al. 2022).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from scheduler_env import (
+    CLUSTER_FEATURES,
+    CLUSTER_WIDTH,
+    JOB_FEATURES,
+    JOB_WIDTH,
+    NODE_FEATURES,
+    NODE_WIDTH,
+    RULES,
+    Layout,
+    Observation,
+    Schedule,
+    SchedulerVectorEnv,
+    simulate,
+)
+from workloads import Workload, load_workload
+
+METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # what an objective minimises
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = False
+    """if toggled, the networks run on the GPU"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases (WANDB_MODE=offline needs no account)"""
+    wandb_project_name: str = "resourcerl"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    resume: str | None = None
+    """a run's folder: go on with it, under the flags that it was started with"""
+
+    workload: str = "cloud"
+    """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
+    objective: str = "latency"
+    """what to minimise: latency, wait or slowdown"""
+    reference: str = "auto"
+    """the rule that rewards are relative to; auto: the best one on the validation split"""
+    reward: str = "improvement"
+    """improvement (over the reference) or cost"""
+    num_jobs: int = 512
+    """jobs that arrive while the agent decides"""
+    warmup_jobs: int = 256
+    """jobs that the reference schedules before"""
+    followup_jobs: int = 512
+    """jobs that the reference schedules after; their cost counts"""
+    queue_window: int = 64
+    """how many of the oldest queued jobs the agent sees"""
+    backfill: str = "easy"
+    """easy or none"""
+    lock_in: bool = False
+    """RLScheduler's semantics: a chosen job holds the queue until it has started"""
+    num_evaluations: int = 10
+    """how often the policy is replayed on the validation split; the best one is kept"""
+    validation_jobs: int = 40_000
+    """at most so many of the validation split's jobs are replayed"""
+
+    # Algorithm specific arguments
+    total_timesteps: int = 500_000
+    """total decisions of the experiment"""
+    learning_rate: float = 1e-3
+    """the learning rate of the optimizer"""
+    num_envs: int = 128
+    """the number of parallel clusters"""
+    num_steps: int = 128
+    """the number of decisions in each cluster per policy rollout"""
+    anneal_lr: bool = True
+    """toggle learning rate annealing for policy and value networks"""
+    gamma: float = 0.97
+    """the discount factor gamma"""
+    gae_lambda: float = 0.95
+    """the lambda for the general advantage estimation"""
+    num_minibatches: int = 8
+    """the number of mini-batches"""
+    update_epochs: int = 2
+    """the K epochs to update the policy"""
+    clip_coef: float = 0.2
+    """the surrogate clipping coefficient"""
+    advantage_clip: float = 5.0
+    """normalised advantages are clipped at this many standard deviations"""
+    ent_coef: float = 3e-4
+    """coefficient of the entropy"""
+    vf_coef: float = 0.5
+    """coefficient of the value function"""
+    max_grad_norm: float = 0.5
+    """the maximum norm for the gradient clipping"""
+    reward_scale: float = 100.0
+    """rewards are multiplied by this: an improvement of one percent counts one"""
+    rule_bonus: float = 3.0
+    """the initial logit of the reference's own choice (learned from there on): the policy starts near the rule"""
+    hidden: int = 32
+    """width of the network"""
+
+    # to be filled in runtime
+    batch_size: int = 0
+    """the batch size (computed in runtime)"""
+    minibatch_size: int = 0
+    """the mini-batch size (computed in runtime)"""
+    num_iterations: int = 0
+    """the number of iterations (computed in runtime)"""
+
+
+def layer_init(layer: nn.Linear, std: float = 2**0.5, bias_const: float = 0.0) -> nn.Linear:
+    torch.nn.init.orthogonal_(layer.weight, std)
+    torch.nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """Scores every pair of a visible job and a node; works for any number of either.
+
+    Jobs and nodes go through a small network each, which is told a summary of all of them (mean and cluster features);
+    the score of a pair is a dot product, plus a term for pairs that fit now, plus the bonus of the rule's own choice.
+    """
+
+    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 3.0) -> None:
+        super().__init__()
+        self.resources = resources
+        self.job_in = layer_init(nn.Linear(JOB_WIDTH + resources, hidden))
+        self.node_in = layer_init(nn.Linear(NODE_WIDTH + 2 * resources, hidden))
+        self.context = layer_init(nn.Linear(2 * hidden + CLUSTER_WIDTH, hidden))
+        self.job_out = layer_init(nn.Linear(hidden, hidden))
+        self.node_out = layer_init(nn.Linear(hidden, hidden))
+        self.query = layer_init(nn.Linear(hidden, hidden + 1), std=0.01)
+        self.wait = layer_init(nn.Linear(hidden, 1), std=0.01)
+        self.value = nn.Sequential(
+            layer_init(nn.Linear(hidden, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, 1), std=1.0)
+        )
+        self.rule_bonus = nn.Parameter(torch.tensor(rule_bonus))
+
+    def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc], mask[B, K*M + 1] -> logits[B, K*M + 1], value[B]."""
+        present = jobs[..., :1]
+        job = torch.relu(self.job_in(jobs)) * present
+        node = torch.relu(self.node_in(nodes))
+        pooled = job.sum(1) / present.sum(1).clamp(min=1)
+        context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
+        job = torch.relu(self.job_out(job) + context[:, None])
+        node = torch.relu(self.node_out(node) + context[:, None])
+        query = self.query(job)
+        scores = query[..., :-1] @ node.transpose(1, 2) / node.shape[-1] ** 0.5
+        demand, free = jobs[..., JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
+        fits = (demand[:, :, None] <= free[:, None] + 1e-6).all(-1)
+        scores = scores + query[..., -1:] * fits
+        rule_job, rule_node = jobs[..., RULE_CHOICE], nodes[..., RULE_NODE]
+        scores = scores + self.rule_bonus * rule_job[:, :, None] * rule_node[:, None]
+        wait = self.wait(context) + self.rule_bonus * cluster[:, RULE_WAITS, None]
+        logits = torch.cat([scores.flatten(1), wait], 1)
+        return torch.where(mask > 0, logits, NEVER), self.value(context)[:, 0]
+
+
+RULE_CHOICE, RULE_NODE = JOB_FEATURES.index("rule_choice"), NODE_FEATURES.index("rule_choice")
+RULE_WAITS = CLUSTER_FEATURES.index("rule_waits")
+NEVER = -1e9  # the logit of an illegal action
+
+
+def sample(logits: Tensor) -> Tensor:
+    """Actions[B] drawn from softmax(logits[B, A]) (the Gumbel-max trick)."""
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(1)
+
+
+def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits[B, A] and actions[B]: log-probabilities[B] and entropies[B]."""
+    log_probs = logits.log_softmax(1)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e6)).sum(1)
+    return log_probs.gather(1, actions[:, None])[:, 0], entropy
+
+
+@dataclass
+class Batch:
+    """What `num_steps` decisions in `num_envs` clusters gave: obs[T, E, D], the rest [T, E]."""
+
+    obs: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    dones: Tensor
+    values: Tensor
+
+    @staticmethod
+    def empty(steps: int, envs: int, width: int, device: torch.device) -> Batch:
+        obs = torch.zeros(steps, envs, width, device=device)
+        return Batch(
+            obs, torch.zeros(steps, envs, dtype=torch.long, device=device), *torch.zeros(4, steps, envs, device=device)
+        )
+
+
+@torch.no_grad()
+def rollout(agent: Agent, envs: SchedulerVectorEnv, batch: Batch, args: Args) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Fill the batch. Returns the values[E] of the observations after it and the infos of the episodes that ended."""
+    episodes = []
+    device = batch.obs.device
+    for t in range(len(batch.obs)):
+        batch.obs[t] = torch.from_numpy(envs.observations).to(device)
+        logits, batch.values[t] = agent(*envs.split(batch.obs[t]))
+        batch.actions[t] = sample(logits)
+        batch.log_probs[t] = log_prob_and_entropy(logits, batch.actions[t])[0]
+        _, rewards, terminated, truncated, infos = envs.step(batch.actions[t].cpu().numpy())
+        rewards *= args.reward_scale
+        if "final_info" in infos:
+            final = infos["final_info"]
+            done = np.flatnonzero(terminated | truncated)
+            episodes += [{name: final[name][e] for name in final if not name.startswith("_")} for e in done]
+            # An improvement could have gone on, so what was to come is bootstrapped; a cost contains the follow-up's.
+            cut = np.flatnonzero(truncated)
+            if args.reward == "improvement" and len(cut):
+                last = torch.from_numpy(np.stack(infos["final_obs"][cut])).to(device)
+                rewards[cut] += args.gamma * agent(*envs.split(last))[1].cpu().numpy()
+        batch.rewards[t] = torch.from_numpy(rewards).to(device)
+        batch.dones[t] = torch.from_numpy(terminated | truncated).to(device)
+    return agent(*envs.split(torch.from_numpy(envs.observations).to(device)))[1], episodes
+
+
+def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages[T, E] (Schulman et al. 2016, eq. 16); dones[t]: the episode ended with decision t."""
+    advantages = torch.zeros_like(rewards)
+    following, advantage = last_value, torch.zeros_like(last_value)
+    for t in reversed(range(len(rewards))):
+        going_on = 1.0 - dones[t]
+        delta = rewards[t] + gamma * following * going_on - values[t]
+        advantage = delta + gamma * lam * going_on * advantage
+        advantages[t], following = advantage, values[t]
+    return advantages
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, advantages: Tensor, layout: Layout, args: Args
+) -> dict[str, float]:
+    """PPO's epochs over the batch. Returns the means over all minibatches of what CleanRL logs."""
+    obs, actions, old_log_probs = batch.obs.flatten(0, 1), batch.actions.flatten(), batch.log_probs.flatten()
+    returns = (advantages + batch.values).flatten()
+    advantages = advantages.flatten()
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+    sums = torch.zeros(5, device=obs.device)
+    for _ in range(args.update_epochs):
+        for mb in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
+            logits, values = agent(*layout.split(obs[mb]))
+            log_probs, entropy = log_prob_and_entropy(logits, actions[mb])
+            log_ratio = log_probs - old_log_probs[mb]
+            ratio = log_ratio.exp()
+            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            policy_loss = -torch.min(ratio * advantages[mb], clipped * advantages[mb]).mean()
+            value_loss = nn.functional.smooth_l1_loss(values, returns[mb])
+            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            with torch.no_grad():
+                approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                sums += torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clipfrac])
+    means = (sums / (args.update_epochs * args.num_minibatches)).tolist()
+    losses = dict(zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), means, strict=True))
+    unexplained = (returns - batch.values.flatten()).var() / returns.var().clamp(min=1e-12)
+    return losses | {"explained_variance": 1 - unexplained.item()}
+
+
+# ---------------------------------------------------------------------------------- validation, files, the main loop
+def mean_cost(schedules: list[Schedule], objective: str) -> float:
+    """Mean of the objective over continuous replays, without the first 5 % of each one's jobs."""
+    return float(np.mean([getattr(s, METRIC[objective])[len(s.jobs) // 20 :].mean() for s in schedules]))
+
+
+@torch.no_grad()
+def replay(agent: nn.Module, workload: Workload, segments: np.ndarray, args: Args) -> list[Schedule]:
+    """Every job of the segments int[S, 2] (of one length) scheduled by the agent's most likely actions."""
+    envs = SchedulerVectorEnv(
+        len(segments), workload, num_jobs=int(segments[0, 1] - segments[0, 0]), warmup_jobs=0, followup_jobs=0,
+        reward="cost", **environment(args),
+    )  # fmt: skip
+    device = next(agent.parameters()).device
+    obs, _ = envs.reset(options={"first": segments[:, 0]})
+    schedules: dict[int, Schedule] = {}
+    while len(schedules) < len(segments):
+        logits, _ = agent(*envs.split(torch.from_numpy(obs).to(device)))
+        obs, _, terminated, _, infos = envs.step(logits.argmax(1).cpu().numpy())
+        for e in np.flatnonzero(terminated):
+            schedules.setdefault(int(e), infos["final_schedule"][e])
+    envs.close()
+    return [schedules[e] for e in range(len(segments))]
+
+
+def environment(args: Args) -> dict[str, Any]:
+    """The arguments that training and validation environments share."""
+    names = ("objective", "reference", "queue_window", "backfill", "lock_in")
+    return {name: getattr(args, name) for name in names}
+
+
+class FollowRule(nn.Module):
+    """The reference's own choice in the form of an agent: exported where training found nothing better."""
+
+    def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Agent.forward`."""
+        pairs = jobs[..., RULE_CHOICE, None] * nodes[..., RULE_NODE][:, None]
+        logits = torch.cat([pairs.flatten(1), cluster[:, RULE_WAITS, None]], 1)
+        return torch.where(mask > 0, logits, NEVER), cluster[:, 0]
+
+
+class LogitsOnly(nn.Module):
+    """What the exported file computes: the critic stays behind."""
+
+    def __init__(self, agent: nn.Module) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        return self.agent(jobs, nodes, cluster, mask)[0]
+
+
+def export_onnx(agent: nn.Module, path: Path, layout: Layout, metadata: dict[str, Any]) -> None:
+    """Write policy.onnx: jobs, nodes, cluster, mask -> logits; batch, queue window and node count are dynamic."""
+    example = layout.split(torch.zeros(2, layout.size))
+    axes = {"jobs": {0: "batch", 1: "window"}, "nodes": {0: "batch", 1: "nodes"}, "cluster": {0: "batch"}}
+    axes |= {"mask": {0: "batch", 1: "actions"}, "logits": {0: "batch", 1: "actions"}}
+    temporary = path.with_suffix(".tmp")
+    torch.onnx.export(
+        LogitsOnly(agent).cpu().eval(), tuple(example), str(temporary), input_names=list(Observation._fields),
+        output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
+    )  # fmt: skip
+    model = onnx.load(temporary)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "resourcerl", json.dumps(metadata)
+    onnx.save(model, temporary)
+    os.replace(temporary, path)
+
+
+def save(state: Any, path: Path) -> None:
+    """Write so that a kill at any instant leaves the old file or the new one whole."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Trainer:
+    """One run: the environments, the agent, and everything that a checkpoint holds."""
+
+    def __init__(self, args: Args, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+        random.seed(args.seed)
+        np.random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        workload = load_workload(args.workload, "train")
+        self.validation = load_workload(args.workload, "validation")
+        self.segments = np.minimum(
+            self.validation.segments,
+            self.validation.segments[:, :1] + args.validation_jobs // len(self.validation.segments),
+        )
+        self.rules = {rule: mean_cost(simulate(self.validation, rule, self.segments), args.objective) for rule in RULES}
+        self.best_rule = min(self.rules, key=self.rules.get)
+        if args.reference == "auto":  # roll-outs of a rule with history never stop early: not as a reference
+            args.reference = min((r for r in RULES if "history" not in r), key=self.rules.get)
+        self.envs = SchedulerVectorEnv(
+            args.num_envs, workload, num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
+            followup_jobs=args.followup_jobs, reward=args.reward, **environment(args),
+        )  # fmt: skip
+        self.skipped = workload.skipped
+        self.layout = self.envs.layout
+        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        self.iteration = 0
+        self.best_cost, self.best_model = float("inf"), None
+
+    def start(self) -> None:
+        self.envs.reset(seed=self.args.seed)
+
+    def checkpoint(self) -> None:
+        save(
+            {
+                "iteration": self.iteration,
+                "model": self.agent.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best_cost": self.best_cost,
+                "best_model": self.best_model,
+                "environments": self.envs.state_dict(),
+                "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+            },
+            self.folder / "checkpoint.pt",
+        )
+
+    def restore(self) -> None:
+        """Raises ValueError: the checkpoint is damaged or from another version."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, weights_only=False)
+            self.agent.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration, self.best_cost, self.best_model = (
+                state[k] for k in ("iteration", "best_cost", "best_model")
+            )
+            self.envs.load_state_dict(state["environments"])
+        except Exception as error:  # torch.load raises whatever the damage leads to
+            raise ValueError(
+                f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"
+            ) from error
+        random.setstate(state["random"][0])
+        np.random.set_state(state["random"][1])
+        torch.set_rng_state(state["random"][2])
+
+    def validate(self) -> dict[str, float]:
+        """Replay the policy on the validation split; keep it if it is the best so far."""
+        schedules = replay(self.agent, self.validation, self.segments, self.args)
+        cost = mean_cost(schedules, self.args.objective)
+        if cost < self.best_cost:
+            self.best_cost = cost
+            self.best_model = {name: value.detach().cpu().clone() for name, value in self.agent.state_dict().items()}
+        metrics = [s.metrics() for s in schedules]
+        means = {f"eval/{name}": float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        return means | {"eval/cost": cost, "eval/improvement": 1 - cost / self.rules[self.best_rule]}
+
+    def export(self) -> str | None:
+        """Write policy.onnx: the best policy or, if none was better, the best rule's own choice. Returns that rule."""
+        args = self.args
+        rule = self.best_rule if self.best_cost >= self.rules[self.best_rule] else None
+        agent = FollowRule() if rule else Agent(self.layout.resources, args.hidden)
+        if not rule:
+            agent.load_state_dict(self.best_model)
+        metadata = {
+            "version": 1, "algorithm": "ppo", "workload": args.workload, "objective": args.objective,
+            "reference": rule or args.reference, "backfill": args.backfill, "lock_in": args.lock_in,
+            "queue_window": args.queue_window, "nodes": self.layout.nodes, "resources": self.layout.resources,
+            "job_features": JOB_FEATURES, "node_features": NODE_FEATURES, "cluster_features": CLUSTER_FEATURES,
+            "steps": self.iteration * args.batch_size, "seed": args.seed, "rule": rule,
+            "validation": {"policy": self.best_cost, "rule": self.rules[self.best_rule], "best_rule": self.best_rule},
+        }  # fmt: skip
+        export_onnx(agent, self.folder / "policy.onnx", self.layout, metadata)
+        return rule
+
+    def table(self) -> Table:
+        """The validation costs of the policy and of the rules worth knowing, best first."""
+        rows = {f"PPO ({self.folder.name})": self.best_cost, self.best_rule: self.rules[self.best_rule]}
+        rows |= {rule: self.rules[rule] for rule in ("fifo", "easy-fifo", "easy-sjf", "easy-saf", self.args.reference)}
+        table = Table(title=f"{self.args.workload}: mean {self.args.objective} on the validation split")
+        for column in ("policy", METRIC[self.args.objective], "to FIFO", "to EASY-FIFO", "to the best rule"):
+            table.add_column(column, justify="left" if column == "policy" else "right")
+        for name, cost in sorted(rows.items(), key=lambda row: row[1]):
+            relative = [f"{cost / self.rules[r] - 1:+.1%}" for r in ("fifo", "easy-fifo", self.best_rule)]
+            table.add_row(name, f"{cost:,.1f}", *relative)
+        return table
+
+
+def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
+    """Run the iterations that are left. False: stopped by Ctrl-C."""
+    args, agent, layout = trainer.args, trainer.agent, trainer.layout
+    batch = Batch.empty(args.num_steps, args.num_envs, layout.size, trainer.device)
+    stop: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
+    every = max(1, args.num_iterations // max(1, args.num_evaluations))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    started, first = time.time(), trainer.iteration
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("training", total=args.num_iterations, completed=trainer.iteration)
+            while trainer.iteration < args.num_iterations and not stop:
+                if args.anneal_lr:
+                    fraction = 1.0 - trainer.iteration / args.num_iterations
+                    trainer.optimizer.param_groups[0]["lr"] = fraction * args.learning_rate
+                last_value, episodes = rollout(agent, trainer.envs, batch, args)
+                advantages = gae(batch.rewards, batch.values, batch.dones, last_value, args.gamma, args.gae_lambda)
+                losses = update(agent, trainer.optimizer, batch, advantages, layout, args)
+                trainer.iteration += 1
+                step = trainer.iteration * args.batch_size
+                sps = int((trainer.iteration - first) * args.batch_size / (time.time() - started))
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value, step)
+                writer.add_scalar("charts/learning_rate", trainer.optimizer.param_groups[0]["lr"], step)
+                writer.add_scalar("charts/SPS", sps, step)
+                if episodes:
+                    for tag, name in CHARTS.items():
+                        writer.add_scalar(f"charts/{tag}", np.mean([e[name] for e in episodes]), step)
+                if trainer.iteration % every == 0 or trainer.iteration == args.num_iterations:
+                    for name, value in trainer.validate().items():
+                        writer.add_scalar(name, value, step)
+                    trainer.checkpoint()
+                best = trainer.best_cost / trainer.rules[trainer.best_rule] - 1
+                progress.update(
+                    bar, advance=1, description=f"{sps:,} decisions/s, best so far {best:+.1%} to {trainer.best_rule}"
+                )
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    trainer.checkpoint()
+    return not stop
+
+
+CHARTS = {"episodic_return": "return", "episodic_length": "decisions", "latency": "latency", "wait": "wait"}
+CHARTS |= {"bounded_slowdown": "bounded_slowdown", "utilization": "utilization"}
+
+
+def main(args: Args) -> None:
+    console = Console(stderr=True)
+    resume = args.resume is not None
+    if resume:
+        folder = Path(args.resume)
+        try:
+            args = Args(**json.loads((folder / "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{folder / 'args.json'}: {error}; name the folder of a run, as in runs/<run_name>"
+            ) from error
+    else:
+        args.batch_size = args.num_envs * args.num_steps
+        args.minibatch_size = args.batch_size // args.num_minibatches
+        args.num_iterations = max(1, args.total_timesteps // args.batch_size)
+        name = args.workload if "." not in args.workload else Path(args.workload).name.split(".")[0]
+        folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    trainer = Trainer(args, folder)
+    if trainer.skipped:
+        console.print("skipped jobs: " + ", ".join(f"{count:,} {reason}" for reason, count in trainer.skipped.items()))
+    if resume:
+        trainer.restore()
+    else:
+        trainer.start()
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
+            name=folder.name, id=folder.name, resume="allow", dir=folder, save_code=True,
+        )  # fmt: skip
+    console.print(f"run: {folder}   reference rule: {args.reference}   best rule on validation: {trainer.best_rule}")
+    writer = SummaryWriter(folder, purge_step=trainer.iteration * args.batch_size + 1 if resume else None)
+    writer.add_text(
+        "hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
+    )
+    finished = train(trainer, writer, console)
+    writer.close()
+    rule = trainer.export() if trainer.best_model else None
+    Console().print(trainer.table())
+    if rule:
+        console.print(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")
+    if not finished:
+        console.print(f"Interrupted. Go on with: python {Path(__file__).name} --resume {folder}")
+    else:
+        console.print(
+            f"Compare on the test split: python benchmark.py compare --workload {args.workload} "
+            f"--policies fifo easy-fifo {trainer.best_rule} {folder}/policy.onnx"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
