@@ -20,7 +20,6 @@ from scheduler_env import (
     CLUSTER_FEATURES,
     JOB_FEATURES,
     NODE_FEATURES,
-    RULES,
     Layout,
     Observation,
     Schedule,
@@ -48,11 +47,12 @@ class Policy(ABC):
         reference: the rule that the environment behind the observations has to be made with (`reference=`).
         layout: how the observations given to `predict` are laid out (`envs.layout`); set it for another cluster or
             window. A rule has none until it is set.
+        generator: what `predict(..., deterministic=False)` draws from.
     """
 
-    name: str
-    reference: str
-    layout: Layout | None = None
+    def __init__(self, name: str, reference: str, layout: Layout | None = None) -> None:
+        self.name, self.reference, self.layout = name, reference, layout
+        self.generator = np.random.default_rng(0)
 
     def predict(self, observation: np.ndarray, deterministic: bool = True) -> int | np.ndarray:
         """The action for an observation float32[D], or int64[B] for float32[B, D]: always one that the mask allows.
@@ -92,23 +92,24 @@ class Policy(ABC):
         # nan_to_num: whatever a network says, some legal action is above all forbidden ones.
         logits = np.where(parts.mask > 0, np.nan_to_num(self._logits(parts)), -np.inf)
         if not deterministic:  # the Gumbel-max trick: the largest of the perturbed is a draw from the softmax
-            logits = logits + np.random.default_rng().gumbel(size=logits.shape)
+            logits = logits + self.generator.gumbel(size=logits.shape)
         return logits.argmax(axis=1)
 
 
 def rule_logits(parts: Observation) -> np.ndarray:
-    """float32[B, K*M + 1]: all for what the reference rule would do, as the observations tell; zeros where that is
-    hidden (a job beyond the window), which makes it the first legal action."""
+    """float32[B, K*M + 1]: highest for what the reference rule would do, as the observations tell it; then for the
+    first action, which counts where the rule's is hidden (a job beyond the window). Too far apart to be drawn."""
     starts = (parts.jobs[:, :, None, JOB_CHOICE] * parts.nodes[:, None, :, NODE_CHOICE]).reshape(len(parts.jobs), -1)
-    return 1e6 * np.concatenate([starts, parts.cluster[:, RULE_WAITS, None]], axis=1)
+    choice = np.concatenate([starts, parts.cluster[:, RULE_WAITS, None]], axis=1)
+    return 1e9 * choice - 1e3 * np.arange(choice.shape[1], dtype=np.float32)
 
 
 class RulePolicy(Policy):
     """A classical rule (see `scheduler_env.RULES`). `predict` reads its choice from the observation."""
 
     def __init__(self, name: str) -> None:
+        super().__init__(name, name)
         self.rule = parse_rule(name)
-        self.name = self.reference = name
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
@@ -146,11 +147,11 @@ class OnnxPolicy(Policy):
     float32, and gives logits[B, K*M + 1], for any B, K and M."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, "/".join(path.parts[-2:])
-        self.session = _session(path)
+        self.path, self.session = path, _session(path)
         self.metadata = meta = _metadata(path, self.session)
-        self.reference = meta.rule or meta.reference
-        self.layout = Layout(meta.queue_window, meta.nodes, meta.resources)
+        # All trained policies are called policy.onnx: the folder of the run tells them apart.
+        name, layout = "/".join(path.parts[-2:]), Layout(meta.queue_window, meta.nodes, meta.resources)
+        super().__init__(name, meta.rule or meta.reference, layout)
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
@@ -176,8 +177,9 @@ class OnnxPolicy(Policy):
     def _replay(self, workload: Workload, length: int, window: int | None) -> list[Schedule]:
         """Each of the workload's segments, which have `length` jobs, in an environment of its own."""
         meta, count = self.metadata, len(workload.segments)
+        window = meta.queue_window if window is None else window
         envs = SchedulerVectorEnv(
-            count, workload, num_jobs=length, warmup_jobs=0, followup_jobs=0, queue_window=window or meta.queue_window,
+            count, workload, num_jobs=length, warmup_jobs=0, followup_jobs=0, queue_window=window,
             backfill=meta.backfill, objective=meta.objective, reward="cost", reference=meta.reference,
             lock_in=meta.lock_in,
         )  # fmt: skip
@@ -209,7 +211,7 @@ def load_policy(name_or_path: str) -> Policy:
     try:
         return RulePolicy(name_or_path)
     except ValueError as error:
-        raise PolicyError(f"{error}; or give the path of a policy.onnx; all rules: {', '.join(RULES)}") from None
+        raise PolicyError(f"{error}; or give the path of a policy.onnx") from None
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -237,8 +239,9 @@ def _metadata(path: Path, session: onnxruntime.InferenceSession) -> Metadata:
     if metadata.version != VERSION:
         raise PolicyError(f"{path}: a policy of version {metadata.version}, and this is {VERSION}; train it again")
     for name, ours in (("job", JOB_FEATURES), ("node", NODE_FEATURES), ("cluster", CLUSTER_FEATURES)):
-        if odd := sorted(set(getattr(metadata, f"{name}_features")) ^ set(ours)):
-            raise PolicyError(f"{path}: made for other {name} features ({', '.join(odd)} differ); train it again")
+        if tuple(theirs := getattr(metadata, f"{name}_features")) != ours:
+            odd = ", ".join(sorted(set(theirs) ^ set(ours))) or "their order"
+            raise PolicyError(f"{path}: made for other {name} features ({odd}); train it again")
     if {node.name for node in session.get_inputs()} != set(Observation._fields):
         raise PolicyError(f"{path}: its inputs are not {', '.join(Observation._fields)}; train it again")
     return metadata

@@ -126,8 +126,8 @@ class Args:
     """the maximum norm for the gradient clipping"""
     reward_scale: float = 100.0
     """rewards are multiplied by this: an improvement of one percent counts one"""
-    rule_bonus: float = 3.0
-    """the initial logit of the reference's own choice (learned from there on): the policy starts near the rule"""
+    rule_bonus: float = 2.0
+    """initial log-odds of the reference's own choice (learned from there on): the policy starts near the rule"""
     hidden: int = 32
     """width of the network"""
 
@@ -153,7 +153,7 @@ class Agent(nn.Module):
     the score of a pair is a dot product, plus a term for pairs that fit now, plus the bonus of the rule's own choice.
     """
 
-    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 3.0) -> None:
+    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 2.0) -> None:
         super().__init__()
         self.resources = resources
         self.job_in = layer_init(nn.Linear(JOB_WIDTH + resources, hidden))
@@ -170,22 +170,24 @@ class Agent(nn.Module):
 
     def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc], mask[B, K*M + 1] -> logits[B, K*M + 1], value[B]."""
-        present = jobs[..., :1]
-        job = torch.relu(self.job_in(jobs)) * present
+        present = jobs[..., 0] > 0  # most windows are mostly empty: only the jobs that are there are computed
+        rows, owner = jobs[present], present.nonzero()[:, 0]
+        job = torch.relu(self.job_in(rows))
         node = torch.relu(self.node_in(nodes))
-        pooled = job.sum(1) / present.sum(1).clamp(min=1)
+        pooled = torch.zeros_like(node[:, 0]).index_add(0, owner, job) / present.sum(1, keepdim=True).clamp(min=1)
         context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
-        job = torch.relu(self.job_out(job) + context[:, None])
+        job = torch.relu(self.job_out(job) + context[owner])
         node = torch.relu(self.node_out(node) + context[:, None])
         query = self.query(job)
-        scores = query[..., :-1] @ node.transpose(1, 2) / node.shape[-1] ** 0.5
-        demand, free = jobs[..., JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
-        fits = (demand[:, :, None] <= free[:, None] + 1e-6).all(-1)
-        scores = scores + query[..., -1:] * fits
-        rule_job, rule_node = jobs[..., RULE_CHOICE], nodes[..., RULE_NODE]
-        scores = scores + self.rule_bonus * rule_job[:, :, None] * rule_node[:, None]
-        wait = self.wait(context) + self.rule_bonus * cluster[:, RULE_WAITS, None]
-        logits = torch.cat([scores.flatten(1), wait], 1)
+        scores = (node[owner] * query[:, None, :-1]).sum(-1) / node.shape[-1] ** 0.5
+        demand, free = rows[:, None, JOB_WIDTH:], nodes[owner, :, NODE_WIDTH : NODE_WIDTH + self.resources]
+        scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
+        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # as strong whatever there is to choose
+        scores = scores + bonus[owner] * rows[:, RULE_CHOICE, None] * nodes[owner, :, RULE_NODE]
+        pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + nodes.shape[1:2])
+        pairs = pairs.masked_scatter(present[..., None], scores)
+        wait = self.wait(context) + bonus * cluster[:, RULE_WAITS, None]
+        logits = torch.cat([pairs.flatten(1), wait], 1)
         return torch.where(mask > 0, logits, NEVER), self.value(context)[:, 0]
 
 
@@ -202,7 +204,7 @@ def sample(logits: Tensor) -> Tensor:
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Of logits[B, A] and actions[B]: log-probabilities[B] and entropies[B]."""
     log_probs = logits.log_softmax(1)
-    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e6)).sum(1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
     return log_probs.gather(1, actions[:, None])[:, 0], entropy
 
 

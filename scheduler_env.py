@@ -176,9 +176,9 @@ Problem = namedtuple(
 JOB = np.dtype([(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")])
 # What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the running jobs
 # by their ends (descending) and by when they are due, which is by requested time (ascending); what is free[m, r] and
-# what stays spare[r] beside the reservation; history[g], what is known of a group of jobs; and the plan, which says
+# what stays spare[r] beside the reservation; most[r], no node has more free; room[m, r] to reckon in; history[g], what is known of a group of jobs; and the plan, which says
 # when and where a job has started or, if it has not, is going to be started by the reference rule.
-Sim = namedtuple("Sim", "s queue order ends dues free spare history plan")
+Sim = namedtuple("Sim", "s queue order ends dues free spare most room history plan")
 TIMED = np.dtype([("time", "f8"), ("job", "i8")])
 START = np.dtype([("start", "f8"), ("node", "i8")])
 SCALARS = np.dtype(
@@ -188,6 +188,14 @@ SCALARS = np.dtype(
     + [(name, "i8") for name in "rule_job rule_node visible counted on_track full decisions".split()]
 )
 LAST, PREVIOUS, COUNT, FEATURE = range(4)  # of a row of `history`: run times of the jobs of a group that have finished
+
+
+@kernel
+def copy_rows(source, to):
+    """As many rows as `to` has (an assignment of slices would allocate, in case they overlap)."""
+    for k in range(to.shape[0]):
+        for r in range(to.shape[1]):
+            to[k, r] = source[k, r]
 
 
 @kernel
@@ -481,16 +489,23 @@ def choose_node(sim, p, i):
 
 @kernel
 def choose_reservation(sim, p, i):
-    """The node on which job i would end first; sim.spare is left as that of some node."""
+    """The node on which job i would end first if running jobs ended as requested."""
+    s = sim.s[0]
     best, best_end = -1, np.inf
-    for m in range(p.speed.shape[0]):
-        possible = True
+    copy_rows(sim.free, sim.room)
+    for k in range(s.running):
+        when = max(s.now + 1.0, sim.dues[k].time)
+        if when + p.jobs[i].requested / p.fastest >= best_end:
+            break
+        j = sim.dues[k].job
+        m = sim.plan[j].node
+        end = when + p.jobs[i].requested / p.speed[m]
+        enough = end < best_end
         for r in range(p.demand.shape[1]):
-            possible &= p.demand[i, r] <= p.capacity[m, r]
-        if possible:
-            end = shadow_time(sim, p, i, m, sim.spare) + p.jobs[i].requested / p.speed[m]
-            if end < best_end:
-                best, best_end = m, end
+            sim.room[m, r] += p.demand[j, r]
+            enough &= p.demand[i, r] <= sim.room[m, r] + 1e-9
+        if enough:
+            best, best_end = m, end
     return best
 
 
@@ -511,23 +526,44 @@ def most_aligned(sim, p):
 
 
 @kernel
+def find_most(sim):
+    for r in range(sim.most.shape[0]):
+        sim.most[r] = 0.0
+        for m in range(sim.free.shape[0]):
+            sim.most[r] = max(sim.most[r], sim.free[m, r])
+
+
+@kernel
+def within_most(sim, p, i):
+    """False: job i fits nowhere (without looking at every node)."""
+    for r in range(sim.most.shape[0]):
+        if p.demand[i, r] > sim.most[r] + 1e-9:
+            return False
+    return True
+
+
+@kernel
 def first_allowed(sim, p):
     """The first job in backfill order that may start now, and its node; (-1, -1) where there is none."""
     s = sim.s[0]
     if p.backfill == TETRIS:
         return most_aligned(sim, p)
     if p.backfill <= STATIC:  # what was passed over cannot start before the next event: s.scan goes on behind it
+        if s.scan == 0:
+            find_most(sim)
         while s.scan < s.queued:
             i = sim.order[s.scan]
-            m = choose_node(sim, p, i)
-            if m >= 0:
-                return i, m
+            if within_most(sim, p, i):
+                m = choose_node(sim, p, i)
+                if m >= 0:
+                    return i, m
             s.scan += 1
         return -1, -1
     best, best_node, best_score = -1, -1, np.inf
+    find_most(sim)
     for k in range(s.queued):
         i = sim.queue[k]
-        m = choose_node(sim, p, i)
+        m = choose_node(sim, p, i) if within_most(sim, p, i) else -1
         if m >= 0:
             value = score(sim, p, p.backfill, i)
             if value < best_score:
@@ -790,14 +826,6 @@ def observe(sim, p, window, obs, mask, spare):
 
 
 @kernel
-def copy_rows(source, to):
-    """As many rows as `to` has (an assignment of slices would allocate, in case they overlap)."""
-    for k in range(to.shape[0]):
-        for r in range(to.shape[1]):
-            to[k, r] = source[k, r]
-
-
-@kernel
 def copy_sim(sim, to):
     s, t = sim.s[0], to.s[0]
     t.now, t.shadow, t.gain, t.clear, t.paid = s.now, s.shadow, s.gain, s.clear, s.paid
@@ -849,7 +877,19 @@ def problem_of(whole, batch, e):
 def sim_of(batch, e, plan):
     """Row e of the batch of states, with that plan (roll-outs share their environment's)."""
     b = batch
-    return Sim(b.s[e : e + 1], b.queue[e], b.order[e], b.ends[e], b.dues[e], b.free[e], b.spare[e], b.history[e], plan)
+    return Sim(
+        b.s[e : e + 1],
+        b.queue[e],
+        b.order[e],
+        b.ends[e],
+        b.dues[e],
+        b.free[e],
+        b.spare[e],
+        b.most[e],
+        b.room[e],
+        b.history[e],
+        plan,
+    )
 
 
 @kernel
@@ -1156,6 +1196,8 @@ class _Simulator:
             empty(length, dtype=TIMED),
             empty(nodes, resources),
             empty(resources),
+            empty(resources),
+            empty(nodes, resources),
             empty(groups, 4),
             empty(length, dtype=START),
             empty(length, 3, dtype=np.int32),

@@ -1,0 +1,191 @@
+"""What can choose: rules by name and policy.onnx by path, on observations and on whole workloads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import scheduler_env as se
+from policies import JOB_CHOICE, METADATA_KEY, NODE_CHOICE, RULE_WAITS, OnnxPolicy, PolicyError, load_policy
+from workloads import load_workload
+
+META = {
+    "version": 1, "algorithm": "ppo", "workload": "hpc", "objective": "latency", "reference": "easy-sjf",
+    "backfill": "easy", "lock_in": False, "queue_window": 16, "nodes": 1, "resources": 1,
+    "job_features": list(se.JOB_FEATURES), "node_features": list(se.NODE_FEATURES),
+    "cluster_features": list(se.CLUSTER_FEATURES), "steps": 0, "seed": 1, "rule": None,
+}  # fmt: skip
+
+
+def write_policy(path: Path, *, follow: float = 9.0, metadata: object = None, **changes: object) -> Path:
+    """A policy.onnx whose logits are `follow` for what the reference rule would do, 0 for all else that is legal."""
+
+    def constant(name: str, value: np.ndarray) -> onnx.TensorProto:
+        return numpy_helper.from_array(value, name)
+
+    nodes = [
+        helper.make_node("Gather", ["jobs", "job_choice"], ["job"], axis=2),  # [B, K, 1]
+        helper.make_node("Gather", ["nodes", "node_choice"], ["node"], axis=2),  # [B, M, 1]
+        helper.make_node("Transpose", ["node"], ["node_row"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["job", "node_row"], ["pairs"]),  # [B, K, M]
+        helper.make_node("Reshape", ["pairs", "rows"], ["flat"]),
+        helper.make_node("Gather", ["cluster", "rule_waits"], ["waits"], axis=1),
+        helper.make_node("Concat", ["flat", "waits"], ["choice"], axis=1),
+        helper.make_node("Mul", ["choice", "follow"], ["scored"]),
+        helper.make_node("Cast", ["mask"], ["legal"], to=TensorProto.BOOL),
+        helper.make_node("Where", ["legal", "scored", "never"], ["logits"]),
+    ]
+    constants = [
+        constant("job_choice", np.array([JOB_CHOICE])), constant("node_choice", np.array([NODE_CHOICE])),
+        constant("rule_waits", np.array([RULE_WAITS])), constant("rows", np.array([0, -1])),
+        constant("follow", np.float32(follow)), constant("never", np.float32(-1e9)),
+    ]  # fmt: skip
+    shapes = {"jobs": ["B", "K", None], "nodes": ["B", "M", None], "cluster": ["B", None], "mask": ["B", "A"]}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "A"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "follow_the_rule", inputs, outputs, constants),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    text = json.dumps(META | changes) if metadata is None else metadata
+    helper.set_model_props(model, {METADATA_KEY: text} if text else {})
+    path.parent.mkdir(exist_ok=True)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> OnnxPolicy:
+    return load_policy(str(write_policy(tmp_path / "run" / "policy.onnx")))
+
+
+def vector_env(**changes: object) -> se.SchedulerVectorEnv:
+    arguments = dict(workload="hpc", num_jobs=64, warmup_jobs=64, followup_jobs=0, queue_window=16, reward="cost")
+    return se.SchedulerVectorEnv(4, **(arguments | changes))
+
+
+@pytest.mark.parametrize("rule", ["easy-sjf", "easy-fifo", "greedy-saf", "fifo"])
+def test_a_rule_reads_its_own_choice_from_the_observation(rule: str) -> None:
+    envs, policy = vector_env(reference=rule), load_policy(rule)
+    policy.layout = envs.layout
+    observations, _ = envs.reset(seed=3)
+    for _ in range(100):
+        actions = policy.predict(observations)
+        assert actions.dtype == np.int64
+        np.testing.assert_array_equal(actions, envs.rule_actions())
+        assert policy.predict(observations[2]) == actions[2] and policy.predict(observations[2], False) == actions[2]
+        observations = envs.step(actions)[0]
+
+
+def test_a_hidden_choice_becomes_the_first_legal_action() -> None:
+    envs, policy = vector_env(reference="easy-saf", queue_window=2), load_policy("easy-saf")
+    policy.layout = envs.layout
+    observations, hidden = envs.reset(seed=3)[0], 0
+    for _ in range(200):
+        parts, actions = envs.split(observations), policy.predict(observations)
+        unseen = (parts.jobs[..., JOB_CHOICE].sum(1) == 0) & (parts.cluster[:, RULE_WAITS] == 0)
+        np.testing.assert_array_equal(actions[unseen], parts.mask[unseen].argmax(1))
+        assert (parts.mask[np.arange(4), actions] == 1).all()
+        hidden += unseen.sum()
+        observations = envs.step(actions)[0]
+    assert hidden > 0
+
+
+@pytest.mark.parametrize("rule", ["easy-sjf", "easy-wfp3+sjf"])
+@pytest.mark.parametrize("workload", ["hpc", "cloud"])
+def test_a_network_that_follows_the_rule_gives_its_schedule(tmp_path: Path, rule: str, workload: str) -> None:
+    jobs = load_workload(workload, "test", runs=3, run_jobs=300)
+    nodes, resources = jobs.cluster.capacity.shape
+    size = {"nodes": nodes, "resources": resources, "queue_window": 300}  # the whole queue fits in the window
+    policy = load_policy(str(write_policy(tmp_path / "policy.onnx", reference=rule, **size)))
+    segments = np.array([[0, 300], [350, 500], [600, 900]])  # of two lengths, and not the workload's own
+    for ours, theirs in zip(policy.schedule(jobs, segments), load_policy(rule).schedule(jobs, segments), strict=True):
+        np.testing.assert_array_equal(ours.jobs.job_id, theirs.jobs.job_id)
+        np.testing.assert_array_equal(ours.start_time, theirs.start_time)
+        np.testing.assert_array_equal(ours.node, theirs.node)
+
+
+def test_the_window_can_be_another_than_the_trained_one(policy: OnnxPolicy) -> None:
+    jobs = load_workload("hpc", "test", runs=1, run_jobs=400)
+    [trained], [wide] = policy.schedule(jobs), policy.schedule(jobs, window=400)
+    assert (trained.start_time != wide.start_time).any()  # the queue is longer than 16
+    np.testing.assert_array_equal(wide.start_time, se.simulate(jobs, "easy-sjf")[0].start_time)
+    with pytest.raises(ValueError, match="queue_window is 0"):
+        policy.schedule(jobs, window=0)
+
+
+def test_a_file_that_stands_for_a_rule_schedules_as_the_rule(tmp_path: Path) -> None:
+    policy = load_policy(str(write_policy(tmp_path / "policy.onnx", rule="easy-saf", follow=-9)))
+    jobs = load_workload("hpc", "test", runs=2, run_jobs=400)
+    assert policy.reference == "easy-saf"
+    for ours, theirs in zip(policy.schedule(jobs), se.simulate(jobs, "easy-saf"), strict=True):
+        np.testing.assert_array_equal(ours.start_time, theirs.start_time)
+    envs = vector_env(reference="easy-saf")
+    observations, _ = envs.reset(seed=3)
+    np.testing.assert_array_equal(policy.predict(observations), envs.rule_actions())
+
+
+def test_predict_and_sampling(tmp_path: Path) -> None:
+    policy = load_policy(str(write_policy(tmp_path / "run" / "policy.onnx", follow=1.0)))
+    assert policy.name == "run/policy.onnx"
+    envs = vector_env(reference="easy-sjf")
+    observation = envs.reset(seed=3)[0][0]
+    action, legal = policy.predict(observation), np.flatnonzero(envs.split(observation).mask)
+    assert isinstance(action, int) and action == envs.rule_actions()[0] and len(legal) >= 3
+    draws = policy.predict(np.repeat(observation[None], 20_000, axis=0), deterministic=False)
+    share = np.bincount(draws, minlength=envs.layout.actions) / len(draws)
+    expected = np.zeros(envs.layout.actions)
+    expected[legal] = np.where(legal == action, np.e, 1) / (np.e + len(legal) - 1)
+    np.testing.assert_allclose(share, expected, atol=0.015)
+    with pytest.raises(PolicyError, match=r"set policy\.layout"):
+        policy.predict(observation[:-1])
+
+
+@pytest.mark.parametrize("follow", [np.nan, np.inf, -np.inf])
+def test_no_illegal_action_whatever_the_network_says(tmp_path: Path, follow: float) -> None:
+    policy, envs = load_policy(str(write_policy(tmp_path / "policy.onnx", follow=follow))), vector_env()
+    observations, _ = envs.reset(seed=0)
+    for deterministic in (True, False):
+        actions = policy.predict(observations, deterministic)
+        assert (envs.split(observations).mask[np.arange(4), actions] == 1).all()
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no such file"),
+    "folder": (lambda path: path.mkdir(), "no such file"),
+    "empty": (lambda path: path.write_bytes(b""), "no ONNX file"),
+    "text": (lambda path: path.write_text("not a model"), "no ONNX file"),
+    "truncated": (lambda path: path.write_bytes(write_policy(path).read_bytes()[:300]), "no ONNX file"),
+    "no metadata": (lambda path: write_policy(path, metadata=""), "no policy of ResourceRL"),
+    "no JSON": (lambda path: write_policy(path, metadata="{"), "no policy of ResourceRL"),
+    "another's": (lambda path: write_policy(path, metadata='["?"]'), "no policy of ResourceRL"),
+    "half": (lambda path: write_policy(path, metadata='{"version": 1}'), "no policy of ResourceRL"),
+    "newer": (lambda path: write_policy(path, version=2), "version 2"),
+    "features": (lambda path: write_policy(path, job_features=["age", *se.JOB_FEATURES[1:]]), r"\(age, present\)"),
+    "order": (lambda path: write_policy(path, node_features=list(se.NODE_FEATURES)[::-1]), "node features"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named_with_its_remedy(tmp_path: Path, case: str) -> None:
+    path, (make, message) = tmp_path / "policy.onnx", BAD_FILES[case]
+    make(path)
+    with pytest.raises(PolicyError, match=message) as caught:
+        load_policy(str(path))
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text and "; " in text
+
+
+def test_an_unknown_rule_lists_the_known_ones() -> None:
+    with pytest.raises(PolicyError, match=r"unknown rule 'fastest': .*sjf"):
+        load_policy("fastest")
+
+
+def test_other_resources_are_refused(policy: OnnxPolicy) -> None:
+    with pytest.raises(PolicyError, match=r"policy\.onnx: made for 1 resources \(hpc\), and cloud has 2; train one"):
+        policy.schedule(load_workload("cloud", "test", runs=1, run_jobs=50))
