@@ -159,8 +159,8 @@ class OnnxPolicy(Policy):
         meta, resources = self.metadata, workload.cluster.capacity.shape[1]
         if resources != meta.resources:
             raise PolicyError(
-                f"{self.path}: made for {meta.resources} resources ({meta.workload}), and {workload.name} has "
-                f"{resources}; train one for it: python ppo_scheduler.py --workload {workload.name}"
+                f"{self.path}: made for clusters with {meta.resources} kinds of resources ({meta.workload}), and "
+                f"{workload.name} has {resources}; train one for it: python ppo_scheduler.py --workload {workload.name}"
             )
         segments = workload.segments if segments is None else np.asarray(segments)
         if meta.rule:

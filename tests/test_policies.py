@@ -187,5 +187,8 @@ def test_an_unknown_rule_lists_the_known_ones() -> None:
 
 
 def test_other_resources_are_refused(policy: OnnxPolicy) -> None:
-    with pytest.raises(PolicyError, match=r"policy\.onnx: made for 1 resources \(hpc\), and cloud has 2; train one"):
+    with pytest.raises(
+        PolicyError,
+        match=r"policy\.onnx: made for clusters with 1 kinds of resources \(hpc\), and cloud has 2; train one",
+    ):
         policy.schedule(load_workload("cloud", "test", runs=1, run_jobs=50))

@@ -1,0 +1,293 @@
+"""The statistics against known answers, the same jobs for all, results.json, and the published table."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_policies import write_policy
+
+import benchmark
+from benchmark import METRICS, Compare, block_metrics, bootstrap_weights, cut, difference, held_out, summary
+from scheduler_env import RULES, simulate
+from workloads import load_workload
+
+SMALL = str(Path(__file__).parent / "data" / "small.swf")
+SHARED = Path(__file__).parents[2] / "shared"
+REFERENCE = SHARED / "reference" / "rlscheduler.json"
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=f"the published figures are not in {REFERENCE}")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """benchmark.py with these arguments, in an empty folder; returns what --output holds."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--output", "results.json"])
+        benchmark.main()
+        return json.loads(Path("results.json").read_text())
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+def test_interval_of_iid_normal_blocks() -> None:
+    values = np.random.default_rng(0).normal(100, 15, size=200)
+    found = summary(values, bootstrap_weights(200, seed=1))
+    low, high = found["ci95"]
+    assert found["mean"] == values.mean()
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(200), rel=0.03)
+    assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.1)
+
+
+def test_interval_covers_the_truth_in_95_percent() -> None:
+    rng, weights = np.random.default_rng(1), bootstrap_weights(50, seed=1)
+    for sample, shift in ((rng.normal(size=(50, 800)), 0.0), (rng.exponential(size=(50, 800)), 1.0)):
+        low, high = np.percentile(weights @ sample, [2.5, 97.5], axis=0)
+        assert 0.91 <= np.mean((low <= shift) & (shift <= high)) <= 0.97
+
+
+def test_weights_are_resamples_of_whole_blocks() -> None:
+    weights = bootstrap_weights(7, seed=3)
+    assert weights.shape == (10_000, 7)
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    np.testing.assert_allclose(weights * 7, np.round(weights * 7))
+    np.testing.assert_array_equal(weights, bootstrap_weights(7, seed=3))
+
+
+def test_differences_are_paired() -> None:
+    rng, weights = np.random.default_rng(0), bootstrap_weights(40, seed=1)
+    first = rng.lognormal(5, 1, size=40)  # blocks differ by far more than the policies
+    assert difference(first, first, weights) == {"mean": 0.0, "ci95": [0.0, 0.0]}
+    halved = difference(first / 2, first, weights)
+    assert halved["mean"] == pytest.approx(-50) and halved["ci95"] == pytest.approx([-50, -50])
+    low, high = difference(first * rng.normal(0.9, 0.01, size=40), first, weights)["ci95"]
+    assert -11 < low < high < -9 and high - low < 1.5
+    alone_low, alone_high = summary(first, weights)["ci95"]
+    assert 100 * (alone_high - alone_low) / first.mean() > 20 * (high - low)
+
+
+def test_no_interval_for_one_block_and_no_percents_of_nothing() -> None:
+    assert summary(np.array([3.0]), bootstrap_weights(1, 1)) == {"mean": 3.0, "ci95": [None, None]}
+    assert difference(np.ones(4), np.zeros(4), bootstrap_weights(4, 1)) == {"mean": None, "ci95": [None, None]}
+
+
+# ---------------------------------------------------------------------------------------- jobs, blocks, metrics
+@pytest.mark.parametrize(
+    ("jobs", "blocks", "warmup", "first", "length"),
+    [
+        (1000, 50, 0.05, 50, 19),
+        (1010, 50, 0.05, 60, 19),
+        (256, 1, 0.0, 0, 256),
+        (10, 50, 0.05, 0, 1),
+        (1, 5, 0.05, 0, 1),
+    ],
+)
+def test_blocks_are_equally_long_and_end_with_the_replay(
+    jobs: int, blocks: int, warmup: float, first: int, length: int
+) -> None:
+    found = cut(jobs, blocks, warmup)
+    assert [(block.start, block.stop) for block in found] == [(a, a + length) for a in range(first, jobs, length)]
+    assert len(found) == min(blocks, jobs) and found[-1].stop == jobs
+
+
+def test_utilization_of_a_block_counts_whatever_runs_beside_it() -> None:
+    [schedule] = simulate(load_workload(SMALL, "test"), "easy-fifo")
+    block = slice(300, 340)
+    latency, wait, slowdown, utilization, makespan = block_metrics(schedule, block)
+    start, end = schedule.start_time, schedule.start_time + schedule.service_time
+    begin = schedule.jobs.submit_time[300]
+    assert makespan == end[block].max() - begin
+    instants = np.unique(np.clip(np.append(start, end), begin, begin + makespan))
+    used = ((start <= instants[:-1, None]) & (instants[:-1, None] < end)) @ schedule.jobs.demand[:, 0]
+    share = used @ np.diff(instants) / (schedule.cluster.capacity[0, 0] * makespan)
+    assert utilization == pytest.approx(share, rel=1e-9) and 0.3 < share < 1
+    assert (latency, wait, slowdown) == pytest.approx(
+        (schedule.latency[block].mean(), schedule.wait[block].mean(), schedule.bounded_slowdown[block].mean())
+    )
+
+
+@pytest.mark.parametrize("workload", ["hpc", "datacenter"])
+def test_a_block_that_is_all_of_a_schedule_has_its_metrics(workload: str) -> None:
+    [schedule] = simulate(load_workload(workload, "test", runs=1, run_jobs=300), "easy-sjf")
+    expected = schedule.metrics()
+    assert block_metrics(schedule, slice(0, 300)) == pytest.approx([expected[name] for name in METRICS], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("max_jobs", "expected"),
+    [
+        (3, [[0, 3]]),
+        (10, [[0, 10]]),
+        (15, [[0, 7], [10, 17]]),
+        (25, [[0, 8], [10, 18], [20, 28]]),
+        (99, [[0, 10], [10, 20], [20, 30]]),
+    ],
+)
+def test_shorter_replays(max_jobs: int, expected: list[list[int]]) -> None:
+    assert benchmark.shorter(np.array([[0, 10], [10, 20], [20, 30]]), max_jobs).tolist() == expected
+
+
+def test_windows_lie_within_segments_and_come_from_the_seed() -> None:
+    segments = np.array([[0, 100], [100, 130], [130, 140]])
+    found = benchmark.windows(segments, 2000, 20, np.random.default_rng(5))
+    assert ((found[:, 1] - found[:, 0]) == 20).all()
+    assert set(found[:, 0]) == {*range(81), *range(100, 111)}
+    np.testing.assert_array_equal(found, benchmark.windows(segments, 2000, 20, np.random.default_rng(5)))
+
+
+def test_load_compresses_arrivals_within_each_run() -> None:
+    usual, busy = (held_out(Compare("hpc", runs=2, load=load)) for load in (1.0, 1.25))
+    for first, last in usual.segments:
+        slow, fast = usual.jobs.submit_time[first:last], busy.jobs.submit_time[first:last]
+        np.testing.assert_allclose(fast - fast[0], (slow - slow[0]) / 1.25)
+        assert fast[0] == slow[0]
+
+
+# ---------------------------------------------------------------------------------------------- compare
+def test_results_of_a_continuous_replay(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    results = run("compare", "--workload", SMALL, "--policies", "fifo", "easy-sjf", "fifo")
+    table = capsys.readouterr().out
+    assert (results["workload"], results["protocol"], results["jobs"]) == (SMALL, "continuous", 900)
+    assert list(results["policies"]) == ["fifo", "easy-sjf"]
+    for rule, metrics in results["policies"].items():
+        [schedule] = simulate(load_workload(SMALL, "test"), rule)
+        first = 900 - results["counted_jobs"]
+        assert 45 <= first < 95 and set(metrics) == set(METRICS)
+        for name in ("latency", "wait", "bounded_slowdown"):
+            figure = metrics[name]
+            assert set(figure) == {"mean", "ci95", "per_block"} and len(figure["per_block"]) == 50
+            assert figure["mean"] == pytest.approx(getattr(schedule, name)[first:].mean())
+            assert figure["ci95"][0] < figure["mean"] < figure["ci95"][1]
+        assert results["tails"][rule]["wait_max"] == schedule.wait[first:].max()
+        assert rule in table and f"{metrics['wait']['mean']:,.0f} " in table
+    means = [results["policies"][rule]["wait"]["mean"] for rule in ("fifo", "easy-sjf")]
+    assert results["differences"]["easy-sjf"]["wait"]["mean"] == pytest.approx(100 * (means[1] / means[0] - 1))
+    assert results["differences"]["fifo"]["wait"] == {"mean": 0.0, "ci95": [0.0, 0.0]}
+
+
+def test_results_of_windows(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--protocol", "windows", "--episodes", 8, "--episode-jobs", 50, "--policies", "easy-fifo", "saf")
+    results = run("compare", "--workload", SMALL, *flags)
+    assert (results["jobs"], results["counted_jobs"]) == (400, 400)
+    assert "empty" in capsys.readouterr().out
+    workload = held_out(Compare(SMALL, protocol="windows", episodes=8, episode_jobs=50))
+    expected = [schedule.utilization for schedule in simulate(workload, "saf")]
+    assert results["policies"]["saf"]["utilization"]["per_block"] == pytest.approx(expected)
+
+
+def test_blocks_of_a_preset_do_not_straddle_its_runs(run: Callable[..., dict]) -> None:
+    results = run("compare", "--workload", "hpc", "--runs", 3, "--max-jobs", 12_000, "--policies", "easy-fifo")
+    assert results["jobs"] == 12_000 and results["counted_jobs"] == 3 * 16 * (3800 // 16)
+    assert len(results["policies"]["easy-fifo"]["wait"]["per_block"]) == 48
+
+
+def test_one_block_says_that_it_has_no_interval(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    results = run("compare", "--workload", SMALL, "--blocks", 1, "--policies", "fifo", "sjf")
+    assert results["policies"]["sjf"]["wait"]["ci95"] == [None, None]
+    assert "no intervals" in capsys.readouterr().out
+
+
+def test_all_stands_for_every_rule(run: Callable[..., dict]) -> None:
+    results = run("compare", "--workload", SMALL, "--max-jobs", 50, "--policies", "saf", "all")
+    assert list(results["policies"]) == ["saf", *(rule for rule in RULES if rule != "saf")]
+
+
+def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[..., dict]) -> None:
+    for folder in ("one", "two", "other/two"):
+        Path(folder).mkdir(parents=True)
+        write_policy(Path(folder) / "policy.onnx", queue_window=256)
+    files = ("one/policy.onnx", "two/policy.onnx", "other/two/policy.onnx")
+    results = run("compare", "--workload", SMALL, "--max-jobs", 200, "--policies", "easy-sjf", *files)
+    assert list(results["policies"]) == ["easy-sjf", *files]
+    for name in files:  # these files' network follows easy-sjf
+        assert results["policies"][name] == results["policies"]["easy-sjf"]
+        assert results["differences"][name]["latency"] == {"mean": 0.0, "ci95": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("compare --policies fifo fastest", "unknown rule 'fastest'"),
+        ("compare --policies", "--policies: none given"),
+        ("compare --policies fifo run/policy.onnx", "run/policy.onnx: no such file"),
+        ("compare --policies text.onnx", "text.onnx: no ONNX file"),
+        ("compare --policies cloud/policy.onnx", "cloud/policy.onnx: made for clusters with 2 kinds"),
+        ("compare --workload nowhere.swf", "nowhere.swf: no such file or preset"),
+        ("compare --max-jobs 0", "--max-jobs 0: give at least 1"),
+        ("compare --blocks -3", "--blocks -3: give at least 1"),
+        ("compare --load 0", "load factor 0.0"),
+        ("compare --protocol windows --episode-jobs 5000", "--episode-jobs 5000: the split has only 900 jobs"),
+        ("compare --output nowhere/r.json", "--output nowhere/r.json: there is no folder nowhere"),
+        ("rlscheduler --traces . --reference r.json", "r.json: No such file"),
+        ("rlscheduler --traces . --reference text.onnx", "text.onnx: not the published figures"),
+        ("rlscheduler --traces . --reference odd.json", "lublin.swf: No such file"),
+        ("speed --repetitions 0", "--repetitions 0: give at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.onnx").write_text("no model")
+    Path("odd.json").write_text('{"published": {"order": []}, "traces": {"a": {"trace_file": "lublin.swf"}}}')
+    write_policy(Path("cloud/policy.onnx"), resources=2)
+    before = sorted(tmp_path.rglob("*"))
+    command, *rest = flags.split()
+    usual = [] if command == "rlscheduler" else ["--workload", SMALL]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", command, "--output", "results.json", *usual, *rest])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert stopped.value.code == 2 and printed.out == ""
+    assert line.startswith(f"benchmark.py: {message}") and sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.write_json(path, {"new": 1})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------- published table and speed
+@needs_reference
+def test_all_published_slowdowns_of_rules(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    results = run("rlscheduler", "--traces", SHARED / "traces", "--reference", REFERENCE)
+    assert len(results["rows"]) == 4 * 2 * 6
+    for row in results["rows"]:
+        assert set(row) == {"trace", "backfill", "rule", "published", "ours"}
+        assert row["ours"] is None if row["rule"] == "RL" else round(row["ours"], 2) == row["published"], row
+    # Of the 40 utilizations one is published as rounded twice.
+    wrong = [r for r in results["utilization"] if r["rule"] != "RL" and round(r["ours"], 3) != r["published"]]
+    assert [(r["trace"], r["backfill"], r["rule"], round(r["ours"], 4)) for r in wrong] == [
+        ("SDSC-SP2", True, "sjf", 0.6605)
+    ]
+    assert len(re.findall(r"7,273\.77", capsys.readouterr().out)) == 2
+
+
+def test_speed_reports_what_it_measures(run: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "ENVIRONMENTS", 4)
+    monkeypatch.setattr(benchmark, "EPISODE_JOBS", 64)
+    results = run("speed", "--workload", SMALL, "--repetitions", 1)
+    rules = results["simulator_decisions_per_second_by_rule"]
+    assert set(rules) == {"easy-fifo", "easy-sjf", "easy-wfp3+sjf"}
+    assert results["simulator_decisions_per_second"] == min(rules.values()) > 10_000
+    assert results["vector_env_steps_per_second"] > 1000 < results["vector_env_steps_per_second_improvement"]
+    assert results["memory_256_environments_mb"] >= 0

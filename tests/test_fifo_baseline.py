@@ -1,0 +1,91 @@
+"""Rules are logged like agents: the same names, one event file a rule, and the figures of the replay."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fifo_baseline
+from scheduler_env import simulate
+from workloads import load_workload
+
+SMALL = Path(__file__).parent / "data" / "small.swf"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def baseline(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["fifo_baseline.py", *arguments])
+    fifo_baseline.main()
+
+
+def test_what_is_logged_printed_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--workload", str(SMALL), "--split", "train", "--rules", "fifo", "easy-sjf", "fifo", "--seed", "3")
+    baseline(monkeypatch, *flags, "--output", "results.json")
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["policies"]) == ["fifo", "easy-sjf"]
+    [run] = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("small__fifo_baseline__3__") and run.name in printed
+    for rule, figures in results["policies"].items():
+        [schedule] = simulate(load_workload(str(SMALL), "train"), rule)
+        assert figures["wait"] == pytest.approx(schedule.wait.mean(), rel=1e-12)
+        assert figures["utilization"] == schedule.utilization and figures["makespan"] == schedule.makespan
+        assert rule in printed and f"{figures['wait_max']:,.0f}" in printed
+        [events] = (run / rule).iterdir()
+        log = EventAccumulator(str(events)).Reload()
+        charts = [f"charts/{name}" for name in ("latency", "wait", "bounded_slowdown", "utilization")]
+        evaluated = ["latency", "wait", "bounded_slowdown", "utilization", "wait_p99"]
+        assert set(log.Tags()["scalars"]) == {*charts, *(f"eval/{name}" for name in evaluated)}
+        for name in evaluated:
+            [point] = log.Scalars(f"eval/{name}")
+            assert point.step == 1800 and point.value == pytest.approx(figures[name], rel=1e-6)
+        points = log.Scalars("charts/wait")  # 1,800 jobs are three blocks of 600
+        assert [point.step for point in points] == [600, 1200, 1800]
+        expected = [block.mean() for block in np.split(schedule.wait, 3)]
+        np.testing.assert_allclose([point.value for point in points], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rules", "fastest"), "unknown rule 'fastest'"),
+        (("--rules",), "--rules: none given"),
+        (("--workload", "nowhere.swf"), "nowhere.swf: no such file or preset"),
+        (("--workload", "empty.swf"), "empty.swf: line"),
+        (("--output", "nowhere/results.json"), "--output nowhere/results.json: there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    (tmp_path / "empty.swf").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        baseline(monkeypatch, "--workload", str(SMALL), *flags)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == ""
+    [line] = printed.err.splitlines()
+    assert line.startswith(f"fifo_baseline.py: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.swf"]
+
+
+def test_skipped_jobs_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = "{0} {0}0 0 {1} 4 -1 -1 4 100 -1 1 1 1 1 1 -1 -1 -1\n"
+    lines = [job.format(number, 0 if number % 5 == 0 else 50) for number in range(1, 51)]
+    (tmp_path / "some.swf").write_text("; MaxProcs: 8\n" + "".join(lines))
+    baseline(monkeypatch, "--workload", "some.swf")
+    assert "some.swf: jobs skipped: 10 no run time" in capsys.readouterr().err
