@@ -38,7 +38,7 @@ from scheduler_env import (
     parse_rule,
     simulate,
 )
-from workloads import Cluster, Jobs, Workload, WorkloadError, load_workload, read_swf, scale_load
+from workloads import Cluster, Jobs, Workload, WorkloadError, load_workload, read_swf, scale_load, write_json
 
 METRICS = ("latency", "wait", "bounded_slowdown", "utilization", "makespan")
 RESAMPLES = 10_000
@@ -194,7 +194,7 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
     """Replay the same jobs under every policy. Returns what results.json holds, and its table."""
     workload = held_out(args)
     policies = named_policies(args.policies)  # all of them are read before the first one runs
-    report_skipped(workload)
+    workload.report_skipped()
     # A window is a block; a continuous replay is cut into some, none of which straddles two runs.
     blocks, warmup = (1, 0.0) if args.protocol == "windows" else (args.blocks // len(workload.segments), WARMUP)
     cuts = [cut(last - first, max(1, blocks), warmup) for first, last in workload.segments]
@@ -396,7 +396,7 @@ def speed(args: Speed) -> tuple[dict[str, Any], Table]:
     if args.repetitions < 1:
         raise ValueError(f"--repetitions {args.repetitions}: give at least 1")
     workload = load_workload(args.workload, "all")
-    report_skipped(workload)
+    workload.report_skipped()
     memory = environment_memory(workload)  # first, while nothing that was freed can be used again
     rules = {rule: median(args, lambda rule=rule: simulator_speed(workload, rule)) for rule in SPEED_RULES}
     environments = {reward: median(args, vector_env_speed(workload, reward)) for reward in ("cost", "improvement")}
@@ -474,22 +474,6 @@ def replaying(names: Iterable[str]) -> Iterable[str]:
     """The names, with a progress bar beside the output; a log gets none."""
     bar = Console(stderr=True)
     return track(list(names), "Replaying", console=bar, transient=True, disable=not bar.is_terminal)
-
-
-def report_skipped(workload: Workload) -> None:
-    if workload.skipped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in workload.skipped.items())
-        print(f"{workload.name}: jobs skipped: {reasons}", file=sys.stderr)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All of the file or, whenever this is interrupted, what was there before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:

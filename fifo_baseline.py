@@ -9,13 +9,11 @@ about EPISODE_JOBS consecutive jobs after the other, as an agent's are of its ep
 replay; the global step counts jobs. Times are seconds.
 """
 
-import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -26,7 +24,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from scheduler_env import Schedule, parse_rule, simulate
-from workloads import Workload, load_workload
+from workloads import load_workload, write_json
 
 EPISODE_JOBS = 512  # the environment's default `num_jobs`
 CHARTS = ("latency", "wait", "bounded_slowdown", "utilization")
@@ -96,7 +94,7 @@ def run(args: Args) -> dict[str, dict[str, float]]:
     rules = [parse_rule(name) for name in dict.fromkeys(args.rules)]  # a wrong name ends it before anything is written
     if not rules:
         raise ValueError("--rules: none given; name some, such as: fifo easy-fifo")
-    report_skipped(workload)
+    workload.report_skipped()
     if args.track:
         import wandb
 
@@ -128,22 +126,6 @@ def table_of(args: Args, results: dict[str, dict[str, float]]) -> Table:
     for rule, metrics in results.items():
         table.add_row(rule, *(f"{value:,.{digits.get(name, 0)}f}" for name, value in metrics.items()))
     return table
-
-
-def report_skipped(workload: Workload) -> None:
-    if workload.skipped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in workload.skipped.items())
-        print(f"{workload.name}: jobs skipped: {reasons}", file=sys.stderr)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All of the file or, whenever this is interrupted, what was there before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:

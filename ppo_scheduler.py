@@ -5,16 +5,14 @@
     python ppo_scheduler.py --resume runs/<run_name>                     # go on as if never interrupted
     tensorboard --logdir runs
 
-Writes runs/<run_name>/: TensorBoard events, args.json, checkpoint.pt, and policy.onnx, the best policy on the validation
-split. The test split is never read here: that is what benchmark.py is for. The algorithm is Schulman et al. 2017
-(https://arxiv.org/abs/1707.06347), laid out after CleanRL's ppo.py (Huang et al. 2022).
+Writes runs/<run_name>/: TensorBoard events, args.json, checkpoint.pt, and policy.onnx, the best policy on the
+validation split. The test split is never read here: that is what benchmark.py is for. The algorithm is Schulman et al.
+2017 (https://arxiv.org/abs/1707.06347), laid out after CleanRL's ppo.py (Huang et al. 2022).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
 import sys
 import time
@@ -46,7 +44,7 @@ from scheduler_env import (
     SchedulerVectorEnv,
     simulate,
 )
-from workloads import Workload, load_workload
+from workloads import Workload, load_workload, replacing, write_json
 
 METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # what an objective minimises
 
@@ -356,26 +354,15 @@ def export_onnx(agent: nn.Module, path: Path, layout: Layout, metadata: dict[str
     example = layout.split(torch.zeros(2, layout.size))
     axes = {"jobs": {0: "batch", 1: "window"}, "nodes": {0: "batch", 1: "nodes"}, "cluster": {0: "batch"}}
     axes |= {"mask": {0: "batch", 1: "actions"}, "logits": {0: "batch", 1: "actions"}}
-    temporary = path.with_suffix(".tmp")
-    torch.onnx.export(
-        LogitsOnly(agent).cpu().eval(), tuple(example), str(temporary), input_names=list(Observation._fields),
-        output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
-    )  # fmt: skip
-    model = onnx.load(temporary)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = "resourcerl", json.dumps(metadata)
-    onnx.save(model, temporary)
-    os.replace(temporary, path)
-
-
-def save(state: Any, path: Path) -> None:
-    """Write so that a kill at any instant leaves the old file or the new one whole."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.onnx.export(
+            LogitsOnly(agent).cpu().eval(), tuple(example), str(temporary), input_names=list(Observation._fields),
+            output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
+        )  # fmt: skip
+        model = onnx.load(temporary)
+        entry = model.metadata_props.add()
+        entry.key, entry.value = "resourcerl", json.dumps(metadata)
+        onnx.save(model, temporary)
 
 
 class Trainer:
@@ -384,8 +371,6 @@ class Trainer:
     def __init__(self, args: Args, folder: Path) -> None:
         self.args, self.folder = args, folder
         self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-        random.seed(args.seed)
-        np.random.seed(args.seed)
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         workload = load_workload(args.workload, "train")
@@ -402,7 +387,7 @@ class Trainer:
             args.num_envs, workload, num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
             followup_jobs=args.followup_jobs, reward=args.reward, **environment(args),
         )  # fmt: skip
-        self.skipped = workload.skipped
+        workload.report_skipped()
         self.layout = self.envs.layout
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
@@ -413,18 +398,17 @@ class Trainer:
         self.envs.reset(seed=self.args.seed)
 
     def checkpoint(self) -> None:
-        save(
-            {
+        with replacing(self.folder / "checkpoint.pt") as temporary:
+            state = {
                 "iteration": self.iteration,
                 "model": self.agent.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best_cost": self.best_cost,
                 "best_model": self.best_model,
                 "environments": self.envs.state_dict(),
-                "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
-            },
-            self.folder / "checkpoint.pt",
-        )
+                "random": torch.get_rng_state(),
+            }
+            torch.save(state, temporary)
 
     def restore(self) -> None:
         """Raises ValueError: the checkpoint is damaged or from another version."""
@@ -441,9 +425,7 @@ class Trainer:
             raise ValueError(
                 f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"
             ) from error
-        random.setstate(state["random"][0])
-        np.random.set_state(state["random"][1])
-        torch.set_rng_state(state["random"][2])
+        torch.set_rng_state(state["random"])
 
     def validate(self) -> dict[str, float]:
         """Replay the policy on the validation split; keep it if it is the best so far."""
@@ -552,14 +534,12 @@ def main(args: Args) -> None:
         name = args.workload if "." not in args.workload else Path(args.workload).name.split(".")[0]
         folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
     trainer = Trainer(args, folder)
-    if trainer.skipped:
-        console.print("skipped jobs: " + ", ".join(f"{count:,} {reason}" for reason, count in trainer.skipped.items()))
     if resume:
         trainer.restore()
     else:
         trainer.start()
         folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        write_json(folder / "args.json", asdict(args))
     if args.track:
         import wandb
 

@@ -176,8 +176,9 @@ Problem = namedtuple(
 JOB = np.dtype([(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")])
 # What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the running jobs
 # by their ends (descending) and by when they are due, which is by requested time (ascending); what is free[m, r] and
-# what stays spare[r] beside the reservation; most[r], no node has more free; room[m, r] to reckon in; history[g], what is known of a group of jobs; and the plan, which says
-# when and where a job has started or, if it has not, is going to be started by the reference rule.
+# what stays spare[r] beside the reservation; most[r], more than which no node has free; room[m, r] to reckon in;
+# history[g], what is known of a group of jobs; and the plan, which says when and where a job has started or, if it has
+# not, is going to be started by the reference rule.
 Sim = namedtuple("Sim", "s queue order ends dues free spare most room history plan")
 TIMED = np.dtype([("time", "f8"), ("job", "i8")])
 START = np.dtype([("start", "f8"), ("node", "i8")])
@@ -1484,6 +1485,10 @@ class SchedulerVectorEnv(VectorEnv):
     def _reset(self, indices: np.ndarray, first: Any = None) -> None:
         if first is None:
             first = [self._draw(self._generators[e]) for e in indices]
+        if np.min(first) < 0 or np.max(first) + self.length > len(self.workload.jobs):
+            raise ValueError(
+                f"first: an episode of {self.length} jobs does not fit into {len(self.workload.jobs)} from there"
+            )
         self._core.batch.s["first"][indices] = first
         self._core.reset(indices, self._plan, self._obs, self._mask)
 
@@ -1531,9 +1536,8 @@ class SchedulerVectorEnv(VectorEnv):
         for i in batch.queue[e, : min(10, s["queued"])]:
             j = s["first"] + i
             asks = ", ".join(f"{d:g} {name}" for d, name in zip(jobs.demand[j], cluster.resources, strict=True))
-            lines.append(
-                f"job {i:5d}  waits {s['now'] - jobs.submit_time[j]:9,.0f} s  asks {asks} for {jobs.requested_time[j]:,.0f} s"
-            )
+            wait = s["now"] - jobs.submit_time[j]
+            lines.append(f"job {i:5d}  waits {wait:9,.0f} s  asks {asks} for {jobs.requested_time[j]:,.0f} s")
         return "\n".join(lines)
 
     def _image(self, e: int) -> np.ndarray:

@@ -8,16 +8,19 @@ Times are seconds. N counts jobs, M nodes, R resources. A run time is what a job
 
 import codecs
 import gzip
+import json
 import math
 import os
 import re
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -95,6 +98,31 @@ class Workload:
     jobs: Jobs
     segments: np.ndarray
     skipped: dict[str, int]  # why a trace's line was left out -> how many were
+
+    def report_skipped(self) -> None:
+        """Say on stderr how many jobs were left out, and why."""
+        if self.skipped:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
+            print(f"{self.name}: jobs skipped: {reasons}", file=sys.stderr)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which then takes the place of `path`: killed at any instant, the old or the new is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load_workload(
@@ -349,12 +377,8 @@ def write_swf(path: str | os.PathLike[str], jobs: Jobs, cluster: Cluster) -> Non
     )
     text = header + "".join(" ".join(map(_shortest, row)) + "\n" for row in columns.T.tolist())
     data = text.encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _shortest(value: float) -> str:

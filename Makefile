@@ -1,0 +1,33 @@
+PYTHON ?= python3.11
+BIN = .venv/bin
+
+.PHONY: setup setup-dev train test lint format
+
+setup: .venv/setup
+setup-dev: .venv/setup-dev
+
+.venv/setup: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/setup-dev: requirements-dev.txt .venv/setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# Train on the built-in workload, then compare with the rules on held-out jobs. TRAIN="--workload my.swf.gz ..." for others.
+train: setup
+	$(BIN)/python ppo_scheduler.py $(TRAIN)
+	$(BIN)/python benchmark.py compare $(COMPARE) --policies fifo easy-fifo sjf saf easy-sjf easy-saf \
+		$$(ls -td runs/*__ppo_scheduler__*/ | head -1)policy.onnx
+
+test: setup-dev lint
+	$(BIN)/python -m pytest
+
+lint: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
