@@ -13,12 +13,15 @@ validation split. The test split is never read here: that is what benchmark.py i
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that spin cost far more than they gain
 
 import numpy as np
 import onnx
@@ -172,7 +175,8 @@ class Agent(nn.Module):
         rows, owner = jobs[present], present.nonzero()[:, 0]
         job = torch.relu(self.job_in(rows))
         node = torch.relu(self.node_in(nodes))
-        pooled = torch.zeros_like(node[:, 0]).index_add(0, owner, job) / present.sum(1, keepdim=True).clamp(min=1)
+        pooled = torch.zeros_like(node[:, 0]).scatter_add(0, owner[:, None].expand_as(job), job)
+        pooled = pooled / present.sum(1, keepdim=True).clamp(min=1)
         context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
         job = torch.relu(self.job_out(job) + context[owner])
         node = torch.relu(self.node_out(node) + context[:, None])
@@ -529,6 +533,10 @@ def main(args: Args) -> None:
             ) from error
     else:
         args.batch_size = args.num_envs * args.num_steps
+        if not 1 <= args.num_minibatches <= args.batch_size:
+            raise ValueError(
+                f"num_minibatches is {args.num_minibatches}; use 1 to num_envs * num_steps = {args.batch_size}"
+            )
         args.minibatch_size = args.batch_size // args.num_minibatches
         args.num_iterations = max(1, args.total_timesteps // args.batch_size)
         name = args.workload if "." not in args.workload else Path(args.workload).name.split(".")[0]

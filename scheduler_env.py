@@ -20,7 +20,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 os.environ.setdefault("NUMBA_OPT", "2")  # three quarters of the compile time of 3, the default, and as fast
@@ -403,7 +403,7 @@ def shadow_time(sim, p, i, m, spare):
             break
         j = sim.dues[k].job
         if sim.plan[j].node == m:
-            when = max(s.now + 1.0, sim.dues[k].time)
+            when = max(when, sim.dues[k].time if sim.dues[k].time > s.now else s.now + 1.0)
             missing = False
             for r in range(spare.shape[0]):
                 spare[r] += p.demand[j, r]
@@ -493,9 +493,10 @@ def choose_reservation(sim, p, i):
     """The node on which job i would end first if running jobs ended as requested."""
     s = sim.s[0]
     best, best_end = -1, np.inf
+    when = s.now
     copy_rows(sim.free, sim.room)
     for k in range(s.running):
-        when = max(s.now + 1.0, sim.dues[k].time)
+        when = max(when, sim.dues[k].time if sim.dues[k].time > s.now else s.now + 1.0)
         if when + p.jobs[i].requested / p.fastest >= best_end:
             break
         j = sim.dues[k].job
@@ -578,7 +579,7 @@ def rule_decision(sim, p):
     s = sim.s[0]
     if s.queued == 0:
         return -1, -1
-    if s.reserved < 0 and p.mode != GREEDY:
+    if s.reserved < 0 and (p.mode != GREEDY or p.lock_in):
         head = head_job(sim, p)
         m = choose_node(sim, p, head)
         return head, m if m >= 0 else choose_reservation(sim, p, head)
@@ -813,7 +814,7 @@ def observe(sim, p, window, obs, mask, spare):
                 break
         row[4] = m == s.rule_node
         for r in range(resources):
-            row[NODE_WIDTH + r] = sim.free[m, r] * p.unit[r]
+            row[NODE_WIDTH + r] = max(0.0, sim.free[m, r]) * p.unit[r]
             row[NODE_WIDTH + resources + r] = p.capacity[m, r] * p.unit[r]
     row = obs[window * job_width + nodes * node_width :]
     row[0] = np.log1p(s.queued) / 8
@@ -845,6 +846,7 @@ def copy_sim(sim, to):
     copy_rows(sim.history, to.history)
     for r in range(sim.spare.shape[0]):
         to.spare[r] = sim.spare[r]
+        to.most[r] = sim.most[r]
 
 
 @kernel
@@ -1008,7 +1010,7 @@ def step_envs(low, high, actions, whole, batch, others, thread, plan, obs, mask,
         action = actions[e]
         if action < 0 or action >= mask.shape[1] or not mask[e, action]:
             action = 0  # an illegal action counts as the first legal one
-            while not mask[e, action]:
+            while action < mask.shape[1] - 1 and not mask[e, action]:
                 action += 1
         rewards[e], terminated[e], truncated[e] = step_env(sim, p, other, plan, action)
         if not terminated[e]:
@@ -1122,6 +1124,10 @@ class _Simulator:
     ) -> None:
         jobs, cluster = workload.jobs, workload.cluster
         _check(jobs, cluster)
+        # On a grid fine enough for anyone, sums of fractional demands are exact whatever the order of the events.
+        grid = 2.0 ** (np.ceil(np.log2(cluster.capacity.max(0))) - 40)
+        jobs = replace(jobs, demand=np.round(jobs.demand / grid) * grid)
+        cluster = Cluster(np.round(cluster.capacity / grid) * grid, np.asarray(cluster.speed, float), cluster.resources)
         self.jobs, self.cluster, self.length = jobs, cluster, length
         size = job_size(jobs, cluster)
         unit = 1.0 / cluster.capacity.max(0)
@@ -1130,6 +1136,8 @@ class _Simulator:
             (np.ones(len(jobs)), np.log1p(requested) / 12, np.log2(1 + size) / 10, np.log1p(requested * size) / 20)
             + (jobs.demand * unit,)
         )
+        if lock_in and rule.head == TETRIS:
+            raise ValueError("tetris has no order of jobs, which lock_in needs; use another rule")
         self.rule_uses_history = bool({rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY})
         history = history or self.rule_uses_history
         groups = _groups(jobs) if history else np.full((len(jobs), 3), -1, np.int32)
@@ -1218,6 +1226,8 @@ Batch = namedtuple("Batch", (*Sim._fields, "groups"))
 def _check(jobs: Jobs, cluster: Cluster) -> None:
     if len(jobs) == 0:
         raise ValueError("the workload has no jobs")
+    if not (np.isfinite(jobs.submit_time).all() and (jobs.run_time > 0).all()):
+        raise ValueError("the workload has a submit time that is not finite or a run time that is not positive")
     fitting = np.zeros(len(jobs), bool)
     for capacity in cluster.capacity:
         fitting |= (jobs.demand <= capacity).all(1)
@@ -1369,12 +1379,14 @@ class SchedulerVectorEnv(VectorEnv):
         for name, value, least in (
             ("num_envs", num_envs, 1), ("queue_window", queue_window, 1), ("num_jobs", num_jobs, 1),
             ("warmup_jobs", warmup_jobs, 0), ("followup_jobs", followup_jobs, 0),
+            ("num_threads", 1 if num_threads is None else num_threads, 1),
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         for name, value, known in (
             ("backfill", backfill, ("easy", "none")), ("objective", objective, OBJECTIVES),
             ("reward", reward, ("improvement", "cost")),
+            ("render_mode", render_mode or "ansi", ("ansi", "rgb_array")),
         ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
@@ -1420,6 +1432,11 @@ class SchedulerVectorEnv(VectorEnv):
             )
             self._generators = [np.random.default_rng(s) for s in seeds]
         first = (options or {}).get("first")
+        if first is not None:
+            begin, end = self.workload.segments.T
+            for job in first:
+                if not ((begin <= job) & (job + self.length <= end)).any():
+                    raise ValueError(f"first is {job}; no segment of the workload has {self.length} jobs from there on")
         self._reset(np.arange(self.num_envs), first)
         return self._obs, {"action_mask": self._mask}
 
@@ -1485,10 +1502,6 @@ class SchedulerVectorEnv(VectorEnv):
     def _reset(self, indices: np.ndarray, first: Any = None) -> None:
         if first is None:
             first = [self._draw(self._generators[e]) for e in indices]
-        if np.min(first) < 0 or np.max(first) + self.length > len(self.workload.jobs):
-            raise ValueError(
-                f"first: an episode of {self.length} jobs does not fit into {len(self.workload.jobs)} from there"
-            )
         self._core.batch.s["first"][indices] = first
         self._core.reset(indices, self._plan, self._obs, self._mask)
 

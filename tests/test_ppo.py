@@ -1,0 +1,234 @@
+"""PPO: its parts against brute force, and the script as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_scheduler
+from policies import load_policy
+from ppo_scheduler import Agent, Args, gae, log_prob_and_entropy, rollout, sample
+from scheduler_env import Layout, SchedulerVectorEnv, simulate
+from workloads import load_workload
+
+ROOT = Path(ppo_scheduler.__file__).parent
+SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
+SMALL += ("--num-envs", "8", "--num-steps", "32", "--num-minibatches", "2", "--num-evaluations", "2")
+SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--total-timesteps", "2048")
+
+
+def script(folder: Path, *flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "ppo_scheduler.py"), *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def run_folder(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def scalars(run: Path, tag: str) -> dict[int, float]:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = script(folder, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "easy-sjf" in result.stdout and "fifo" in result.stdout  # the closing table
+    return run_folder(folder)
+
+
+def test_gae_equals_the_sum_of_discounted_deltas() -> None:
+    steps, envs, gamma, lam = 12, 3, 0.97, 0.9
+    rng = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, steps, envs, generator=rng)
+    dones = (torch.rand(steps, envs, generator=rng) < 0.2).float()
+    last_value = torch.randn(envs, generator=rng)
+    following = torch.cat([values[1:], last_value[None]])
+    deltas = rewards + gamma * following * (1 - dones) - values
+    expected = torch.zeros(steps, envs)
+    for t in range(steps):
+        for e in range(envs):
+            weight = 1.0
+            for k in range(t, steps):
+                expected[t, e] += weight * deltas[k, e]
+                weight *= gamma * lam * (1 - dones[k, e].item())
+    torch.testing.assert_close(gae(rewards, values, dones, last_value, gamma, lam), expected)
+
+
+def test_sampling_follows_the_softmax_and_never_an_illegal_action() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, ppo_scheduler.NEVER, 1.0, 2.0]]).expand(100_000, 4)
+    counts = torch.bincount(sample(logits), minlength=4)
+    assert counts[1] == 0
+    np.testing.assert_allclose(counts / 1e5, logits[0].softmax(0), atol=0.005)
+    log_probs, entropy = log_prob_and_entropy(logits[:1], torch.tensor([2]))
+    expected = torch.distributions.Categorical(logits=torch.tensor([0.0, 1.0, 2.0]))
+    torch.testing.assert_close(log_probs[0], expected.log_prob(torch.tensor(1)))
+    torch.testing.assert_close(entropy[0], expected.entropy())
+
+
+def test_the_mask_is_never_violated() -> None:
+    """In 10^5 decisions of an untrained agent, whose preferences are not yet the rule's."""
+    torch.manual_seed(0)
+    args = Args(reward="cost")
+    envs = SchedulerVectorEnv(
+        256, "cloud", num_jobs=64, warmup_jobs=16, followup_jobs=16, reward="cost", queue_window=16
+    )
+    envs.reset(seed=0)
+    agent = Agent(envs.layout.resources, rule_bonus=0.0)
+    batch = ppo_scheduler.Batch.empty(100, 256, envs.layout.size, torch.device("cpu"))
+    for _ in range(4):
+        rollout(agent, envs, batch, args)
+        mask = envs.split(batch.obs).mask
+        assert mask.gather(2, batch.actions[..., None]).min() == 1
+        assert (mask.sum(2) >= 1).all()
+
+
+def test_agent_does_not_depend_on_empty_places_or_the_order_of_jobs() -> None:
+    torch.manual_seed(0)
+    envs = SchedulerVectorEnv(16, "cloud", num_jobs=64, warmup_jobs=64, followup_jobs=16, queue_window=32)
+    obs, _ = envs.reset(seed=1)
+    few = envs.split(obs).jobs[:, 16:, 0].sum(1) == 0  # at most 16 jobs are waiting
+    jobs, nodes, cluster, mask = envs.split(torch.from_numpy(obs[few]))
+    assert len(jobs) >= 4
+    agent = Agent(envs.layout.resources)
+    logits, value = agent(jobs, nodes, cluster, mask)
+    narrow = torch.cat([mask[:, : 16 * envs.layout.nodes], mask[:, -1:]], 1)
+    narrow_logits, narrow_value = agent(jobs[:, :16], nodes, cluster, narrow)
+    torch.testing.assert_close(narrow_value, value)
+    torch.testing.assert_close(narrow_logits[narrow > 0], logits[mask > 0])
+    order = torch.randperm(32)
+    pairs = mask[:, :-1].unflatten(1, (32, -1))[:, order].flatten(1)
+    shuffled, shuffled_value = agent(jobs[:, order], nodes, cluster, torch.cat([pairs, mask[:, -1:]], 1))
+    torch.testing.assert_close(shuffled_value, value)
+    torch.testing.assert_close(shuffled[:, :-1].unflatten(1, (32, -1)), logits[:, :-1].unflatten(1, (32, -1))[:, order])
+
+
+def test_run_writes_what_it_says(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} >= {"args.json", "checkpoint.pt", "policy.onnx"}
+    assert json.loads((finished / "args.json").read_text())["num_iterations"] == 8
+    for tag in ("charts/SPS", "charts/episodic_return", "charts/wait", "losses/explained_variance", "losses/approx_kl"):
+        assert scalars(finished, tag), tag
+    assert set(scalars(finished, "eval/cost")) == {1024, 2048}
+    assert set(scalars(finished, "losses/policy_loss")) == set(range(256, 2049, 256))
+
+
+def test_exported_policy_equals_the_agent(finished: Path) -> None:
+    state = torch.load(finished / "checkpoint.pt", weights_only=False)
+    agent = Agent(1)
+    agent.load_state_dict(state["model"])
+    path = finished / "again.onnx"
+    ppo_scheduler.export_onnx(agent, path, Layout(64, 1, 1), {"version": 1})
+    session = onnxruntime.InferenceSession(path)
+    for window, nodes in ((64, 1), (128, 1), (5, 3)):  # other windows and other numbers of nodes than in training
+        layout = Layout(window, nodes, 1)
+        obs = torch.rand(7, layout.size, generator=torch.Generator().manual_seed(0))
+        parts = layout.split(obs)
+        parts.jobs[:, window // 2 :] = 0
+        parts.mask[:] = (parts.mask > 0.5).float()
+        expected = agent(*parts)[0].detach().numpy()
+        (logits,) = session.run(None, {name: value.numpy() for name, value in parts._asdict().items()})
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_policy_file_schedules_the_test_split(finished: Path) -> None:
+    workload = load_workload(str(ROOT / "tests/data/small.swf"), "test")
+    (schedule,) = load_policy(str(finished / "policy.onnx")).schedule(workload)
+    (fifo,) = simulate(workload, "fifo")
+    assert np.isfinite(schedule.start_time).all()
+    assert schedule.wait.mean() < 0.75 * fifo.wait.mean()
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
+    """Ctrl-C after the first losses; then --resume: the same losses to the last bit, the same model."""
+    command = [sys.executable, str(ROOT / "ppo_scheduler.py"), *SMALL]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list(tmp_path.glob("runs/*/events*")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    run = run_folder(tmp_path)
+    state = torch.load(run / "checkpoint.pt", weights_only=False)
+    assert state["iteration"] < 8, "the run ended before it was interrupted"
+    assert "--resume" in errors
+    result = script(tmp_path, "--resume", str(run))
+    assert result.returncode == 0, result.stderr
+    for tag in ("losses/policy_loss", "losses/value_loss", "losses/entropy", "charts/episodic_return", "eval/cost"):
+        assert scalars(run, tag) == scalars(finished, tag), tag
+    resumed, whole = (torch.load(r / "checkpoint.pt", weights_only=False)["model"] for r in (run, finished))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_kill_leaves_a_whole_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """kill -9 at many instants of a loop that does nothing but write checkpoints."""
+    code = (
+        "import torch, sys; from pathlib import Path; from workloads import replacing\n"
+        "k = 0\n"
+        "while True:\n"
+        "    k += 1\n"
+        "    with replacing(Path(sys.argv[1])) as path: torch.save({'k': k, 'x': torch.full((100_000,), k)}, path)\n"
+        "    print(k, flush=True)\n"
+    )
+    path = tmp_path / "checkpoint.pt"
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        state = torch.load(path)
+        assert (state["x"] == state["k"]).all()
+
+
+def test_bad_input_ends_with_one_line(finished: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "args.json").write_bytes((finished / "args.json").read_bytes())
+    whole = (finished / "checkpoint.pt").read_bytes()
+    (damaged / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    for flags, words in (
+        (("--resume", str(damaged)), ("checkpoint.pt", "start a new run")),
+        (("--resume", "nowhere"), ("args.json", "folder of a run")),
+        (("--workload", "nowhere.swf"), ("nowhere.swf", "presets")),
+        ((*SMALL, "--queue-window", "0"), ("queue_window", "at least 1")),
+        ((*SMALL, "--reference", "alphabetical"), ("alphabetical", "easy-")),
+        ((*SMALL, "--num-jobs", "100000"), ("lower num_jobs",)),
+        ((*SMALL, "--objective", "profit"), ("profit", "slowdown")),
+        ((*SMALL, "--num-minibatches", "1000"), ("num_minibatches",)),
+    ):
+        result = script(tmp_path, *flags)
+        assert result.returncode == 2, result.stderr
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and all(word in last for word in words), last
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "runs").exists()
+
+
+def test_tracking_works_without_an_account(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    result = script(
+        tmp_path, *SMALL, "--track", "--total-timesteps", "512", env={**os.environ, "WANDB_MODE": "offline"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.glob("runs/*/wandb/offline-run-*/*.wandb"))

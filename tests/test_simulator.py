@@ -1,0 +1,400 @@
+"""Schedules are possible, exact, and what each rule says: checked by recounting, and against slow plain Python."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import make_workload, simulate_one, within, workloads
+
+from scheduler_env import EASY, GREEDY, RULES, STATIC, Rule, Schedule, parse_rule, simulate
+from workloads import Cluster, Jobs, Workload
+
+GREEDY_RULES = [rule for rule in RULES if parse_rule(rule).mode == GREEDY]
+EASY_RULES = [rule for rule in RULES if parse_rule(rule).mode == EASY]
+
+
+def table(capacity: float, *rows: tuple[float, float, float, float]) -> Workload:
+    """One node, and a job for each row of (submit, run, requested, demand)."""
+    submit, run, requested, demand = np.array(rows, float).T
+    nobody = np.full(len(rows), -1, np.int32)
+    jobs = Jobs(
+        submit_time=submit, run_time=run, requested_time=requested, demand=demand[:, None].copy(),
+        user=nobody, group=nobody, executable=nobody, queue=nobody,
+        wait_time=np.zeros(len(rows)), job_id=np.arange(1, len(rows) + 1),
+    )  # fmt: skip
+    return Workload(
+        "table", Cluster(np.array([[float(capacity)]]), np.ones(1), ("procs",)), jobs, np.array([[0, len(rows)]]), {}
+    )
+
+
+def check_possible(schedule: Schedule) -> None:
+    """Every job starts, at an event, not before its submit, and at no instant is a node over capacity."""
+    jobs, start = schedule.jobs, schedule.start_time
+    end = start + jobs.run_time / schedule.cluster.speed[schedule.node]
+    assert np.isfinite(start).all() and (start >= jobs.submit_time).all()
+    assert set(start) <= set(jobs.submit_time) | set(end)  # time only stops at arrivals and completions
+    for now in start:  # what is used only grows at starts
+        active = (start <= now) & (now < end)
+        for m, capacity in enumerate(schedule.cluster.capacity):
+            used = jobs.demand[active & (schedule.node == m)].sum(0)
+            assert within(used, capacity), f"node {m} at {now}: {used} of {capacity}"
+
+
+def free_at(schedule: Schedule, now: float, m: int) -> np.ndarray:
+    """What is free on node m after everything that happened at that time."""
+    end = schedule.start_time + schedule.service_time
+    active = (schedule.start_time <= now) & (now < end) & (schedule.node == m)
+    return schedule.cluster.capacity[m] - schedule.jobs.demand[active].sum(0)
+
+
+def waiting_at(schedule: Schedule, now: float) -> np.ndarray:
+    return np.flatnonzero((schedule.jobs.submit_time <= now) & (now < schedule.start_time))
+
+
+def event_times(schedule: Schedule) -> np.ndarray:
+    return np.unique(np.append(schedule.jobs.submit_time, schedule.start_time + schedule.service_time))
+
+
+# --- possible schedules -----------------------------------------------------------------------------------------------
+
+
+@given(workloads(), st.sampled_from(RULES))
+@settings(max_examples=300)
+def test_every_rule_makes_possible_schedules(workload, rule):
+    check_possible(simulate_one(workload, rule))
+
+
+@given(workloads(), st.sampled_from([rule for rule in RULES if rule != "tetris"]), st.sampled_from(["none", "easy"]))
+@settings(max_examples=150)
+def test_lock_in_makes_possible_schedules(workload, rule, backfill):
+    check_possible(simulate_one(workload, rule, lock_in=True, backfill=backfill))
+
+
+def test_lock_in_needs_an_order_of_jobs():
+    with pytest.raises(ValueError, match="tetris has no order"):
+        simulate_one(make_workload(0, 5), "tetris", lock_in=True)
+
+
+@given(workloads(), st.sampled_from(GREEDY_RULES))
+def test_greedy_rules_leave_no_job_waiting_that_fits(workload, rule):
+    schedule = simulate_one(workload, rule)
+    for now in event_times(schedule):
+        for i in waiting_at(schedule, now):
+            room = [free_at(schedule, now, m) for m in range(len(workload.cluster.speed))]
+            assert not any(within(schedule.jobs.demand[i], free) for free in room)
+
+
+@given(workloads(), st.sampled_from(EASY_RULES))
+def test_easy_rules_leave_no_job_waiting_on_an_idle_node(workload, rule):
+    schedule = simulate_one(workload, rule)
+    for now in event_times(schedule):
+        for i in waiting_at(schedule, now):
+            fitting = [
+                m
+                for m in range(len(workload.cluster.speed))
+                if within(schedule.jobs.demand[i], workload.cluster.capacity[m])
+            ]
+            idle = [within(workload.cluster.capacity[m], free_at(schedule, now, m)) for m in fitting]
+            assert not all(idle)
+
+
+@given(workloads(speeds=False))
+def test_fifo_starts_jobs_in_order(workload):
+    assert (np.diff(simulate_one(workload, "fifo").start_time) >= 0).all()
+
+
+@given(
+    st.lists(workloads(max_jobs=12, nodes=2, resources=1, speeds=False, grain=1.0), min_size=2, max_size=4),
+    st.sampled_from(RULES),
+)
+def test_segments_are_independent(parts, rule):
+    """Several segments in one call are scheduled as each alone (users apart, clusters alike)."""
+    cluster = Cluster(np.full((2, 1), 8.0), np.ones(2), ("procs",))
+    first, pieces, segments = 0, [], []
+    for k, part in enumerate(parts):
+        jobs = part.jobs
+        pieces.append(replace(jobs, user=np.where(jobs.user < 0, -1, jobs.user + 4 * k).astype(np.int32)))
+        segments.append([first, first + len(jobs)])
+        first += len(jobs)
+    together = simulate(Workload("all", cluster, Jobs.concatenate(pieces), np.array(segments), {}), rule)
+    for piece, schedule in zip(pieces, together, strict=True):
+        alone = simulate_one(Workload("one", cluster, piece, np.array([[0, len(piece)]]), {}), rule)
+        if rule != "random" and "f1" not in rule:  # drawn for the whole workload
+            assert schedule.start_time.tolist() == alone.start_time.tolist()
+            assert schedule.node.tolist() == alone.node.tolist()
+        assert schedule.jobs.job_id.tolist() == piece.job_id.tolist()
+
+
+# --- backfilling ------------------------------------------------------------------------------------------------------
+
+
+def slow_schedule(
+    workload: Workload, head: Callable[[int], float], backfill: Callable[[int], float], mode: str
+) -> list[float]:
+    """Start times of one resource on one node, by the textbook: fixed orders; "block", "greedy" or "easy"."""
+    jobs, capacity = workload.jobs, workload.cluster.capacity[0, 0]
+    submit, run, requested, need = jobs.submit_time, jobs.run_time, jobs.requested_time, jobs.demand[:, 0]
+    start: dict[int, float] = {}
+    now = submit[0]
+    while len(start) < len(jobs):
+
+        def free(now: float = now) -> float:
+            return capacity - sum(need[i] for i in start if start[i] + run[i] > now)
+
+        queue = [i for i in range(len(jobs)) if submit[i] <= now and i not in start]
+        by_head = sorted(queue, key=lambda i: (head(i), i))
+        while by_head and need[by_head[0]] <= free() + 1e-9:
+            start[by_head.pop(0)] = now
+        if by_head and mode != "block":
+            reserved = by_head.pop(0)
+            shadow, spare = now, free()
+            releases = [
+                (max(start[i] + requested[i], now + 1 if start[i] + requested[i] <= now else 0), need[i])
+                for i in start
+                if start[i] + run[i] > now
+            ]
+            for time, released in sorted(releases):
+                if need[reserved] <= spare + 1e-9:
+                    break
+                shadow, spare = time, spare + released
+            spare -= need[reserved]
+            for i in sorted(by_head, key=lambda i: (backfill(i), i)):
+                harmless = now + requested[i] <= shadow or need[i] <= spare + 1e-9
+                if need[i] <= free() + 1e-9 and (harmless or mode == "greedy"):
+                    start[i] = now
+                    if now + requested[i] > shadow:
+                        spare -= need[i]
+        times = [*submit, *(start[i] + run[i] for i in start)]
+        now = min((time for time in times if time > now), default=math.inf)
+    return [start[i] for i in range(len(jobs))]
+
+
+def orders(workload: Workload) -> dict[str, Callable[[int], float]]:
+    jobs = workload.jobs
+    submit, requested, size = jobs.submit_time, jobs.requested_time, jobs.demand[:, 0]
+    return {
+        "fifo": lambda i: submit[i],
+        "sjf": lambda i: requested[i],
+        "ljf": lambda i: -requested[i],
+        "saf": lambda i: requested[i] * size[i],
+        "f1": lambda i: math.log10(max(requested[i], 0.1)) * size[i] + 870 * math.log10(submit[i]),
+    }
+
+
+@pytest.mark.parametrize("head", ["fifo", "sjf", "ljf", "saf", "f1"])
+@given(workload=workloads(nodes=1, resources=1, speeds=False, grain=1.0))
+def test_fixed_orders_equal_the_textbook(head, workload):
+    order = orders(workload)
+    for rule, mode, backfill in (
+        (head, "block", head),
+        (f"greedy-{head}", "greedy", head),
+        (f"easy-{head}", "easy", head),
+        (f"easy-{head}+sjf", "easy", "sjf"),
+    ):
+        expected = slow_schedule(workload, order[head], order[backfill], mode)
+        assert simulate_one(workload, rule).start_time.tolist() == expected, rule
+
+
+@given(
+    workloads(estimates="exact", speeds=False), st.sampled_from(["easy-fifo", "easy-fifo+sjf", "easy-fifo+sjf-history"])
+)
+@settings(max_examples=150)
+def test_backfilling_never_delays_the_head(workload, rule):
+    """With exact requests the oldest job starts no later than it would if nothing had been backfilled at any event."""
+    schedule = simulate_one(workload, rule)
+    jobs, start = schedule.jobs, schedule.start_time
+    end = start + jobs.run_time
+    for now in event_times(schedule):
+        waiting = waiting_at(schedule, now)
+        if len(waiting) == 0:
+            continue
+        head = waiting[0]
+        before = ((start < now) | ((start == now) & (np.arange(len(jobs)) < head))) & (end > now)
+        possible = []
+        for m, capacity in enumerate(workload.cluster.capacity):
+            for time in [now, *end[before & (schedule.node == m)]]:
+                used = jobs.demand[before & (schedule.node == m) & (end > time)].sum(0)
+                if within(jobs.demand[head], capacity - used):
+                    possible.append(time)
+        assert start[head] <= min(possible), f"job {head} at {now}"
+
+
+def test_the_classical_example():
+    """10 processors. Job 0 runs; job 1 needs all and waits for it; 2 is short enough to pass; 3 is too long, and so is
+    4 when 2 has ended."""
+    workload = table(10, (0, 100, 100, 6), (1, 50, 50, 10), (2, 90, 90, 4), (3, 98, 98, 4), (4, 10, 10, 1))
+    assert simulate_one(workload, "fifo").start_time.tolist() == [0, 100, 150, 150, 150]
+    assert simulate_one(workload, "easy-fifo").start_time.tolist() == [0, 100, 2, 150, 150]
+    assert simulate_one(workload, "greedy-fifo").start_time.tolist() == [0, 190, 2, 92, 100]
+
+
+def test_spare_processors_are_given_away_once():
+    """At the shadow time 100 job 1 leaves 4 spare: job 2 takes 3 of them, job 3 would need 2 of the 1 that is left."""
+    workload = table(10, (0, 100, 100, 5), (1, 50, 50, 6), (2, 500, 500, 3), (2, 500, 500, 2), (2, 500, 500, 1))
+    assert simulate_one(workload, "easy-fifo").start_time.tolist() == [0, 100, 2, 150, 2]
+
+
+def test_a_job_that_runs_longer_than_requested_is_expected_to_end_in_a_second():
+    workload = table(10, (0, 100, 10, 6), (1, 50, 50, 10), (20, 1, 1, 4), (20, 2, 2, 4))
+    assert simulate_one(workload, "easy-fifo").start_time.tolist() == [0, 100, 20, 150]
+
+
+def test_a_shadow_time_less_than_a_second_ahead_is_kept():
+    """Job 0 ends at 0.5, exactly as requested; job 2 would end at 1.1, after the reservation of job 1."""
+    workload = table(2, (0.0, 0.5, 0.5, 1), (0.1, 1.0, 1.0, 2), (0.2, 0.9, 0.9, 1))
+    assert simulate_one(workload, "easy-fifo").start_time.tolist() == [0, 0.5, 1.5]
+
+
+def test_all_completions_and_arrivals_of_an_instant_come_before_decisions():
+    workload = table(2, (0, 10, 10, 1), (0, 10, 10, 1), (1, 5, 5, 2), (10, 1, 1, 1))
+    assert simulate_one(workload, "sjf").start_time.tolist() == [0, 0, 11, 10]
+
+
+def test_wfp3_unicep_and_expansion_factor_at_one_decision():
+    """Three jobs have waited 90, 60 and 40 s and exclude each other: WFP3 takes the third, the others the second."""
+    workload = table(7, (0, 100, 100, 7), (10, 9, 50, 4), (40, 9, 11, 5), (60, 9, 8, 7))
+    wait, requested, size = np.array([90, 60, 40]), np.array([50, 11, 8]), np.array([4, 5, 7])
+    for rule, value in (
+        ("wfp3", -((wait / requested) ** 3) * size),
+        ("unicep", -wait / (np.maximum(1e-3, np.log2(size)) * requested)),
+        ("xf", -(wait + requested) / requested),
+    ):
+        assert simulate_one(workload, rule).start_time[1 + value.argmin()] == 100, rule
+
+
+def of_users(workload: Workload, *users: int) -> Workload:
+    return replace(workload, jobs=replace(workload.jobs, user=np.array(users, np.int32)))
+
+
+def test_history_rules_rank_by_the_last_two_run_times_of_the_user():
+    """User 7 asked for 1,000 s and ran 2 s twice: its next job is expected to be shorter than user 8's of 100 s."""
+    workload = table(2, (0, 2, 1000, 1), (0, 2, 1000, 1), (1, 50, 50, 2), (2, 100, 100, 2), (3, 2, 1000, 2))
+    workload = of_users(workload, 7, 7, 9, 8, 7)
+    assert simulate_one(workload, "sjf").start_time.tolist() == [0, 0, 2, 52, 152]
+    assert simulate_one(workload, "sjf-history").start_time.tolist() == [0, 0, 2, 54, 52]
+    # One job of the past is not enough, and nobody's jobs say nothing.
+    assert simulate_one(of_users(workload, 7, 6, 9, 8, 7), "sjf-history").start_time.tolist() == [0, 0, 2, 52, 152]
+    assert simulate_one(of_users(workload, -1, -1, 9, 8, -1), "sjf-history").start_time.tolist() == [0, 0, 2, 52, 152]
+
+
+def test_estimates_from_history_never_exceed_the_request():
+    """User 7's last two ran 200 s, but now it asks for 10 s, less than user 8's 50 s."""
+    workload = table(2, (0, 200, 200, 1), (0, 200, 200, 1), (1, 50, 50, 2), (2, 10, 10, 2))
+    assert simulate_one(of_users(workload, 7, 7, 8, 7), "sjf-history").start_time.tolist() == [0, 0, 210, 200]
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def two_nodes(
+    speeds: tuple[float, float], capacity: tuple[float, float], *rows: tuple[float, float, float, float]
+) -> Workload:
+    one = table(1, *rows)
+    cluster = Cluster(np.array(capacity, float)[:, None].copy(), np.array(speeds, float), ("procs",))
+    return Workload("two", cluster, one.jobs, one.segments, {})
+
+
+@pytest.mark.parametrize(
+    ("rule", "nodes"),
+    [
+        ("greedy-fifo", [1, 1, 0]),  # the fastest that fits
+        ("fastest-node", [1, 1, 0]),
+        ("best-fit", [1, 1, 0]),  # least left over: node 1 has 2, node 0 has 4
+        ("fifo-first-fit", [0, 0, 0]),
+        ("round-robin", [0, 1, 0]),
+    ],
+)
+def test_nodes_are_chosen_as_named(rule, nodes):
+    workload = two_nodes((1.0, 2.0), (4.0, 2.0), (0, 10, 10, 1), (0, 10, 10, 1), (0, 10, 10, 1))
+    schedule = simulate_one(workload, rule)
+    assert schedule.node.tolist() == nodes
+    assert schedule.latency.tolist() == [10 / (1.0, 2.0)[m] for m in nodes]
+
+
+def test_tetris_takes_the_job_that_aligns_best_with_what_is_free():
+    """Free is (8, 2): the job that wants (4, 0) aligns better than the one that wants (1, 2), so it goes first."""
+    one = table(1, (0, 10, 10, 1), (0, 10, 10, 1))
+    demand = np.array([[5.0, 2.0], [6.0, 0.0]])
+    workload = Workload(
+        "two",
+        Cluster(np.array([[8.0, 2.0]]), np.ones(1), ("cpu", "memory")),
+        replace(one.jobs, demand=demand),
+        one.segments,
+        {},
+    )
+    # alignment: 5/8 + 2/2 = 1.625 against 6/8 = 0.75
+    assert simulate_one(workload, "tetris").start_time.tolist() == [0, 10]
+    demand = np.array([[5.0, 0.0], [6.0, 0.0]])
+    workload = Workload("two", workload.cluster, replace(one.jobs, demand=demand), one.segments, {})
+    assert simulate_one(workload, "tetris").start_time.tolist() == [10, 0]
+
+
+# --- metrics, arguments -----------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_schedule_by_hand():
+    schedule = simulate_one(table(2, (0, 4, 4, 2), (1, 20, 20, 1), (2, 5, 5, 2)), "fifo")
+    assert schedule.start_time.tolist() == [0, 4, 24]
+    expected = {
+        "wait": (0 + 3 + 22) / 3,
+        "latency": (4 + 23 + 27) / 3,
+        "bounded_slowdown": (1.0 + 23 / 20 + 27 / 10) / 3,
+        "wait_median": 3,
+        "wait_max": 22,
+        "makespan": 29,
+        "utilization": (8 + 20 + 10) / (2 * 29),
+        "throughput": 3 / 29,
+    }
+    assert {name: schedule.metrics()[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@given(workloads(), st.sampled_from(RULES))
+@settings(max_examples=30)
+def test_the_same_schedule_every_time(workload, rule):
+    one, two = simulate_one(workload, rule), simulate_one(workload, rule)
+    assert one.start_time.tolist() == two.start_time.tolist() and one.node.tolist() == two.node.tolist()
+
+
+@given(workloads(), st.integers(0, 1000))
+@settings(max_examples=30)
+def test_static_scores_given_by_the_caller_order_the_queue(workload, seed):
+    """scores= with a STATIC rule is SJF if the scores are the requests."""
+    mine = simulate_one(workload, Rule("mine", STATIC, STATIC, EASY), scores=workload.jobs.requested_time)
+    assert mine.start_time.tolist() == simulate_one(workload, "easy-sjf").start_time.tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "fcfs", "easy-", "easy-tetris", "sjf+fifo", "greedy-sjf+fifo", "easy-fifo+", "EASY-fifo"]
+)
+def test_unknown_rules_are_refused_with_a_list_of_known_ones(name):
+    with pytest.raises(ValueError, match=r"unknown rule .*easy-.*fifo, sjf, saf"):
+        parse_rule(name)
+
+
+def test_every_rule_has_its_own_name():
+    assert len(set(RULES)) == len(RULES) and all(parse_rule(rule).name == rule for rule in RULES)
+
+
+def test_a_job_larger_than_every_node_is_named():
+    with pytest.raises(ValueError, match=r"job 2 asks for \[5\.0\]"):
+        simulate(two_nodes((1, 1), (4, 4), (0, 1, 1, 4), (0, 1, 1, 5)), "fifo")
+
+
+def test_a_workload_without_jobs_is_refused():
+    workload = make_workload(0, 1)
+    with pytest.raises(ValueError, match="no jobs"):
+        simulate(Workload("none", workload.cluster, workload.jobs[:0], np.array([[0, 0]]), {}), "fifo")
+
+
+def test_whole_numbers_are_as_good_as_floats():
+    """A user's own arrays may hold integers, and need not be contiguous."""
+    rows = ((0, 100, 100, 6), (1, 50, 50, 10), (2, 90, 90, 4))
+    floats = table(10, *rows)
+    demand = np.array([[6, 0], [10, 0], [4, 0]])[:, :1]
+    jobs = replace(floats.jobs, demand=demand, submit_time=np.array([0, 1, 2]))
+    whole = Workload("whole", Cluster(np.array([[10]]), np.array([1]), ("procs",)), jobs, floats.segments, {})
+    assert simulate_one(whole, "easy-fifo").start_time.tolist() == simulate_one(floats, "easy-fifo").start_time.tolist()
