@@ -17,9 +17,11 @@ import os
 import signal
 import sys
 import time
+import warnings
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that spin cost far more than they gain
 
@@ -31,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from scheduler_env import (
@@ -47,7 +50,7 @@ from scheduler_env import (
     SchedulerVectorEnv,
     simulate,
 )
-from workloads import Workload, load_workload, replacing, write_json
+from workloads import Workload, at_loads, load_workload, replacing, write_json
 
 METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # what an objective minimises
 
@@ -73,12 +76,12 @@ class Args:
 
     workload: str = "cloud"
     """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
-    objective: str = "latency"
-    """what to minimise: latency, wait or slowdown"""
+    objective: Literal["latency", "wait", "slowdown"] = "latency"
+    """what to minimise"""
     reference: str = "auto"
     """the rule that rewards are relative to; auto: the best one on the validation split"""
-    reward: str = "improvement"
-    """improvement (over the reference) or cost"""
+    reward: Literal["improvement", "cost"] = "improvement"
+    """improvement over the reference, or cost"""
     num_jobs: int = 512
     """jobs that arrive while the agent decides"""
     warmup_jobs: int = 256
@@ -87,17 +90,19 @@ class Args:
     """jobs that the reference schedules after; their cost counts"""
     queue_window: int = 64
     """how many of the oldest queued jobs the agent sees"""
-    backfill: str = "easy"
-    """easy or none"""
+    backfill: Literal["easy", "none"] = "easy"
+    """what may happen while a reservation stands: backfilling or nothing"""
     lock_in: bool = False
     """RLScheduler's semantics: a chosen job holds the queue until it has started"""
     num_evaluations: int = 10
     """how often the policy is replayed on the validation split; the best one is kept"""
-    validation_jobs: int = 40_000
-    """at most so many of the validation split's jobs are replayed"""
+    validation_loads: tuple[float, ...] = (0.9, 1.0, 1.1)
+    """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
+    validation_jobs: int = 60_000
+    """at most so many jobs are replayed, all loads together"""
 
     # Algorithm specific arguments
-    total_timesteps: int = 500_000
+    total_timesteps: int = 2_000_000
     """total decisions of the experiment"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
@@ -107,8 +112,8 @@ class Args:
     """the number of decisions in each cluster per policy rollout"""
     anneal_lr: bool = True
     """toggle learning rate annealing for policy and value networks"""
-    gamma: float = 0.97
-    """the discount factor gamma"""
+    gamma: float = 0.0
+    """the discount factor gamma; 0: one step of policy improvement over the reference"""
     gae_lambda: float = 0.95
     """the lambda for the general advantage estimation"""
     num_minibatches: int = 8
@@ -127,10 +132,12 @@ class Args:
     """the maximum norm for the gradient clipping"""
     reward_scale: float = 100.0
     """rewards are multiplied by this: an improvement of one percent counts one"""
-    rule_bonus: float = 2.0
+    rule_bonus: float = 0.5
     """initial log-odds of the reference's own choice (learned from there on): the policy starts near the rule"""
     hidden: int = 32
     """width of the network"""
+    ema_decay: float = 0.95
+    """the policy that is validated and exported is the moving average of the weights, with this decay an iteration"""
 
     # to be filled in runtime
     batch_size: int = 0
@@ -154,7 +161,7 @@ class Agent(nn.Module):
     the score of a pair is a dot product, plus a term for pairs that fit now, plus the bonus of the rule's own choice.
     """
 
-    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 2.0) -> None:
+    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5) -> None:
         super().__init__()
         self.resources = resources
         self.job_in = layer_init(nn.Linear(JOB_WIDTH + resources, hidden))
@@ -358,7 +365,8 @@ def export_onnx(agent: nn.Module, path: Path, layout: Layout, metadata: dict[str
     example = layout.split(torch.zeros(2, layout.size))
     axes = {"jobs": {0: "batch", 1: "window"}, "nodes": {0: "batch", 1: "nodes"}, "cluster": {0: "batch"}}
     axes |= {"mask": {0: "batch", 1: "actions"}, "logits": {0: "batch", 1: "actions"}}
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this exporter is deprecated; its successor cannot tell K*M + 1 from K and M
         torch.onnx.export(
             LogitsOnly(agent).cpu().eval(), tuple(example), str(temporary), input_names=list(Observation._fields),
             output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
@@ -378,13 +386,12 @@ class Trainer:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         workload = load_workload(args.workload, "train")
-        self.validation = load_workload(args.workload, "validation")
-        self.segments = np.minimum(
-            self.validation.segments,
-            self.validation.segments[:, :1] + args.validation_jobs // len(self.validation.segments),
-        )
-        self.rules = {rule: mean_cost(simulate(self.validation, rule, self.segments), args.objective) for rule in RULES}
-        self.best_rule = min(self.rules, key=self.rules.get)
+        self.validation = at_loads(load_workload(args.workload, "validation"), args.validation_loads)
+        begin, end = self.validation.segments.T
+        end = np.minimum(end, begin + args.validation_jobs // len(begin))
+        self.segments = np.stack([begin, end], 1)
+        self.rules = {r: mean_cost(simulate(self.validation, r, self.segments), args.objective) for r in RULES}
+        self.best_rule = min(RULES, key=self.rules.get)
         if args.reference == "auto":  # roll-outs of a rule with history never stop early: not as a reference
             args.reference = min((r for r in RULES if "history" not in r), key=self.rules.get)
         self.envs = SchedulerVectorEnv(
@@ -395,6 +402,7 @@ class Trainer:
         self.layout = self.envs.layout
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         self.iteration = 0
         self.best_cost, self.best_model = float("inf"), None
 
@@ -406,6 +414,7 @@ class Trainer:
             state = {
                 "iteration": self.iteration,
                 "model": self.agent.state_dict(),
+                "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best_cost": self.best_cost,
                 "best_model": self.best_model,
@@ -420,6 +429,7 @@ class Trainer:
         try:
             state = torch.load(path, weights_only=False)
             self.agent.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.best_cost, self.best_model = (
                 state[k] for k in ("iteration", "best_cost", "best_model")
@@ -433,11 +443,11 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Replay the policy on the validation split; keep it if it is the best so far."""
-        schedules = replay(self.agent, self.validation, self.segments, self.args)
+        schedules = replay(self.average.module, self.validation, self.segments, self.args)
         cost = mean_cost(schedules, self.args.objective)
         if cost < self.best_cost:
             self.best_cost = cost
-            self.best_model = {name: value.detach().cpu().clone() for name, value in self.agent.state_dict().items()}
+            self.best_model = deepcopy(self.average.module.state_dict())
         metrics = [s.metrics() for s in schedules]
         means = {f"eval/{name}": float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         return means | {"eval/cost": cost, "eval/improvement": 1 - cost / self.rules[self.best_rule]}
@@ -492,6 +502,7 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                 last_value, episodes = rollout(agent, trainer.envs, batch, args)
                 advantages = gae(batch.rewards, batch.values, batch.dones, last_value, args.gamma, args.gae_lambda)
                 losses = update(agent, trainer.optimizer, batch, advantages, layout, args)
+                trainer.average.update_parameters(agent)
                 trainer.iteration += 1
                 step = trainer.iteration * args.batch_size
                 sps = int((trainer.iteration - first) * args.batch_size / (time.time() - started))

@@ -171,6 +171,17 @@ def scale_load(jobs: Jobs, factor: float) -> Jobs:
     return replace(jobs, submit_time=first + (jobs.submit_time - first) / factor)
 
 
+def at_loads(workload: Workload, factors: Sequence[float]) -> Workload:
+    """The workload's segments once for each factor by which arrivals are compressed (users are kept apart)."""
+    users = int(workload.jobs.user.max()) + 1
+    parts, segments = [], []
+    for copy, factor in enumerate(factors):
+        jobs = scale_load(workload.jobs, factor)
+        parts.append(replace(jobs, user=np.where(jobs.user >= 0, jobs.user + copy * users, -1).astype(np.int32)))
+        segments.append(workload.segments + copy * len(jobs))
+    return replace(workload, jobs=Jobs.concatenate(parts), segments=np.concatenate(segments))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Traces in the Standard Workload Format: https://www.cs.huji.ac.il/labs/parallel/workload/swf.html
 # ---------------------------------------------------------------------------------------------------------------------
