@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that spin cost far more than they gain
-
 import numpy as np
 import onnx
 import torch
@@ -36,6 +34,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
+from policies import load_policy
 from scheduler_env import (
     CLUSTER_FEATURES,
     CLUSTER_WIDTH,
@@ -50,7 +49,7 @@ from scheduler_env import (
     SchedulerVectorEnv,
     simulate,
 )
-from workloads import Workload, at_loads, load_workload, replacing, write_json
+from workloads import at_loads, load_workload, replacing, write_json
 
 METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # what an objective minimises
 
@@ -314,25 +313,6 @@ def mean_cost(schedules: list[Schedule], objective: str) -> float:
     return float(np.mean([getattr(s, METRIC[objective])[len(s.jobs) // 20 :].mean() for s in schedules]))
 
 
-@torch.no_grad()
-def replay(agent: nn.Module, workload: Workload, segments: np.ndarray, args: Args) -> list[Schedule]:
-    """Every job of the segments int[S, 2] (of one length) scheduled by the agent's most likely actions."""
-    envs = SchedulerVectorEnv(
-        len(segments), workload, num_jobs=int(segments[0, 1] - segments[0, 0]), warmup_jobs=0, followup_jobs=0,
-        reward="cost", **environment(args),
-    )  # fmt: skip
-    device = next(agent.parameters()).device
-    obs, _ = envs.reset(options={"first": segments[:, 0]})
-    schedules: dict[int, Schedule] = {}
-    while len(schedules) < len(segments):
-        logits, _ = agent(*envs.split(torch.from_numpy(obs).to(device)))
-        obs, _, terminated, _, infos = envs.step(logits.argmax(1).cpu().numpy())
-        for e in np.flatnonzero(terminated):
-            schedules.setdefault(int(e), infos["final_schedule"][e])
-    envs.close()
-    return [schedules[e] for e in range(len(segments))]
-
-
 def environment(args: Args) -> dict[str, Any]:
     """The arguments that training and validation environments share."""
     names = ("objective", "reference", "queue_window", "backfill", "lock_in")
@@ -368,8 +348,8 @@ def export_onnx(agent: nn.Module, path: Path, layout: Layout, metadata: dict[str
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this exporter is deprecated; its successor cannot tell K*M + 1 from K and M
         torch.onnx.export(
-            LogitsOnly(agent).cpu().eval(), tuple(example), str(temporary), input_names=list(Observation._fields),
-            output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
+            LogitsOnly(deepcopy(agent)).cpu().eval(), tuple(example), str(temporary), opset_version=17, dynamo=False,
+            input_names=list(Observation._fields), output_names=["logits"], dynamic_axes=axes,
         )  # fmt: skip
         model = onnx.load(temporary)
         entry = model.metadata_props.add()
@@ -384,6 +364,7 @@ class Trainer:
         self.args, self.folder = args, folder
         self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
         torch.manual_seed(args.seed)
+        torch.set_num_threads(1)  # so small a network gains nothing from more, and the simulator uses the other cores
         torch.backends.cudnn.deterministic = args.torch_deterministic
         workload = load_workload(args.workload, "train")
         self.validation = at_loads(load_workload(args.workload, "validation"), args.validation_loads)
@@ -404,7 +385,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
         self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         self.iteration = 0
-        self.best_cost, self.best_model = float("inf"), None
+        self.best_cost = float("inf")
 
     def start(self) -> None:
         self.envs.reset(seed=self.args.seed)
@@ -417,7 +398,6 @@ class Trainer:
                 "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best_cost": self.best_cost,
-                "best_model": self.best_model,
                 "environments": self.envs.state_dict(),
                 "random": torch.get_rng_state(),
             }
@@ -431,9 +411,7 @@ class Trainer:
             self.agent.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.iteration, self.best_cost, self.best_model = (
-                state[k] for k in ("iteration", "best_cost", "best_model")
-            )
+            self.iteration, self.best_cost = state["iteration"], state["best_cost"]
             self.envs.load_state_dict(state["environments"])
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise ValueError(
@@ -442,33 +420,36 @@ class Trainer:
         torch.set_rng_state(state["random"])
 
     def validate(self) -> dict[str, float]:
-        """Replay the policy on the validation split; keep it if it is the best so far."""
-        schedules = replay(self.average.module, self.validation, self.segments, self.args)
+        """Export the averaged policy and replay it on the validation split; the best one so far is policy.onnx."""
+        candidate = self.folder / "candidate.onnx"
+        export_onnx(self.average.module, candidate, self.layout, self.metadata(None))
+        schedules = load_policy(str(candidate)).schedule(self.validation, self.segments)
         cost = mean_cost(schedules, self.args.objective)
         if cost < self.best_cost:
             self.best_cost = cost
-            self.best_model = deepcopy(self.average.module.state_dict())
+            os.replace(candidate, self.folder / "policy.onnx")
+        candidate.unlink(missing_ok=True)
         metrics = [s.metrics() for s in schedules]
         means = {f"eval/{name}": float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         return means | {"eval/cost": cost, "eval/improvement": 1 - cost / self.rules[self.best_rule]}
 
-    def export(self) -> str | None:
-        """Write policy.onnx: the best policy or, if none was better, the best rule's own choice. Returns that rule."""
+    def metadata(self, rule: str | None) -> dict[str, Any]:
+        """What policy.onnx says about itself; `rule`: it stands for that rule."""
         args = self.args
-        rule = self.best_rule if self.best_cost >= self.rules[self.best_rule] else None
-        agent = FollowRule() if rule else Agent(self.layout.resources, args.hidden)
-        if not rule:
-            agent.load_state_dict(self.best_model)
-        metadata = {
+        return {
             "version": 1, "algorithm": "ppo", "workload": args.workload, "objective": args.objective,
             "reference": rule or args.reference, "backfill": args.backfill, "lock_in": args.lock_in,
             "queue_window": args.queue_window, "nodes": self.layout.nodes, "resources": self.layout.resources,
             "job_features": JOB_FEATURES, "node_features": NODE_FEATURES, "cluster_features": CLUSTER_FEATURES,
             "steps": self.iteration * args.batch_size, "seed": args.seed, "rule": rule,
-            "validation": {"policy": self.best_cost, "rule": self.rules[self.best_rule], "best_rule": self.best_rule},
         }  # fmt: skip
-        export_onnx(agent, self.folder / "policy.onnx", self.layout, metadata)
-        return rule
+
+    def finish(self) -> str | None:
+        """Where nothing better was found, policy.onnx becomes the best rule's own choice. Returns that rule."""
+        if self.best_cost < self.rules[self.best_rule]:
+            return None
+        export_onnx(FollowRule(), self.folder / "policy.onnx", self.layout, self.metadata(self.best_rule))
+        return self.best_rule
 
     def table(self) -> Table:
         """The validation costs of the policy and of the rules worth knowing, best first."""
@@ -573,7 +554,7 @@ def main(args: Args) -> None:
     )
     finished = train(trainer, writer, console)
     writer.close()
-    rule = trainer.export() if trainer.best_model else None
+    rule = trainer.finish()
     Console().print(trainer.table())
     if rule:
         console.print(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")

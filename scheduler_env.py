@@ -1341,7 +1341,7 @@ class SchedulerVectorEnv(VectorEnv):
         reference: the rule; `simulate` knows the same ones.
         lock_in: RLScheduler's semantics, in which a chosen job holds the queue until it has started.
         split: "train", "validation", "test" or "all".
-        num_threads: default: one a core.
+        num_threads: default: one a core, if each has 8 environments or more.
         full_rollouts: never stop a roll-out early, where it meets the known trajectory (slower, the same rewards).
 
     Observations, masks and rewards are written into the same buffers at every step; copy what you keep. Sub-environment
@@ -1404,8 +1404,9 @@ class SchedulerVectorEnv(VectorEnv):
         self.layout = Layout(queue_window, nodes, resources)
         self.split = self.layout.split
         rule = parse_rule(reference)
+        threads = num_threads or max(1, min(os.cpu_count() or 1, num_envs // 8))
         self._core = _Simulator(
-            self.workload, rule, num_envs, self.length, threads=min(num_threads or os.cpu_count() or 1, num_envs),
+            self.workload, rule, num_envs, self.length, threads=min(threads, num_envs),
             objective=objective, backfill=backfill, lock_in=lock_in,
         )  # fmt: skip
         full = full_rollouts or lock_in or self._core.rule_uses_history or reward == "cost"
