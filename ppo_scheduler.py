@@ -123,7 +123,7 @@ class Args:
     """the surrogate clipping coefficient"""
     advantage_clip: float = 5.0
     """normalised advantages are clipped at this many standard deviations"""
-    ent_coef: float = 3e-4
+    ent_coef: float = 3e-3
     """coefficient of the entropy"""
     vf_coef: float = 0.5
     """coefficient of the value function"""
