@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: setup setup-dev train test lint format
+.PHONY: setup setup-dev train test lint format docs
 
 setup: .venv/setup
 setup-dev: .venv/setup-dev
@@ -31,3 +31,7 @@ lint: setup-dev
 format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The README's picture.
+docs: setup
+	$(BIN)/python docs/pictures.py

@@ -1141,7 +1141,7 @@ class _Simulator:
         self.rule_uses_history = bool({rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY})
         history = history or self.rule_uses_history
         groups = _groups(jobs) if history else np.full((len(jobs), 3), -1, np.int32)
-        self.past = _past(jobs, groups)
+        self.past = _past(jobs, groups) if history else Past(np.zeros(1, np.int64), np.zeros(0), np.zeros(0))
         table = np.empty(len(jobs), JOB)
         table["submit"], table["run"], table["requested"] = jobs.submit_time, jobs.run_time, jobs.requested_time
         table["size"], table["head_score"] = size, static_score(rule.head, jobs, size) if scores is None else scores

@@ -1,0 +1,147 @@
+"""What README.md says works: every command in it is run (with settings that take seconds), every snippet is executed.
+
+A small trace stands in for the ones that the README names; `make`, which would build an environment, is only asked what
+it would do.
+"""
+
+import gzip
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from benchmark import Compare
+from ppo_scheduler import Args
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHARED = ROOT.parent / "shared"
+TINY = (
+    "--total-timesteps 256 --num-envs 8 --num-steps 32 --num-minibatches 2 --num-jobs 64 --warmup-jobs 16 "
+    "--followup-jobs 32 --num-evaluations 1 --validation-jobs 600"
+)
+# How a line begins -> what is appended to make it short. A line that begins otherwise fails the test.
+COMMANDS = {
+    "make": "--dry-run --no-print-directory --directory " + str(ROOT),
+    "tensorboard": "--version",  # it would serve for ever
+    "pytest": "--collect-only --quiet -p no:cacheprovider",  # these are tests of the suite itself
+    "time python -c": "",
+    "python ppo_scheduler.py": TINY,
+    "python fifo_baseline.py": "",
+    "python benchmark.py compare": "--runs 1 --max-jobs 300",
+    "python benchmark.py rlscheduler": "",
+    "python benchmark.py speed": "--repetitions 1",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def bash_lines() -> list[str]:
+    """The commands in order, each once, without comments."""
+    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+
+
+def short(command: str) -> str:
+    """The command with short settings, and any trace replaced by the same small one.
+
+    Raises:
+        ValueError: no entry of COMMANDS covers it.
+    """
+    command = command.replace("NUMBA_CACHE_DIR=$(mktemp -d) ", "")  # compiling takes ten seconds
+    for begin, flags in COMMANDS.items():
+        if f"{command} ".startswith(f"{begin} "):
+            command = re.sub(r"[\w.-]+\.swf\.gz", "my_cluster.swf.gz", command)
+            command = re.sub(r"python (\w+\.py)", rf"python {ROOT}/\1", command)
+            return f"{command.replace('tests/', f'{ROOT}/tests/')} {flags}"
+    raise ValueError(f"README.md: no test covers the command {command!r}; add it to COMMANDS")
+
+
+def workload_of(command: str) -> str:
+    if "--resume" in command:  # any run would do, and this one is the fastest
+        return "my_cluster.swf.gz"
+    found = re.search(r"--workload (\S+)", command)
+    return found[1] if found else "cloud"
+
+
+class Reader:
+    """Types the commands in a folder with the traces that the README names; what is typed twice runs once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.done = folder, {}
+        small = (ROOT / "tests" / "data" / "small.swf").read_bytes()
+        (folder / "my_cluster.swf.gz").write_bytes(gzip.compress(small, 1))
+        if SHARED.is_dir():
+            (folder / "traces").symlink_to(SHARED / "traces")
+            (folder / "rlscheduler.json").symlink_to(SHARED / "reference" / "rlscheduler.json")
+
+    def types(self, line: str) -> subprocess.CompletedProcess[str]:
+        command = short(line)
+        if "runs/RUN" in command:
+            command = command.replace("runs/RUN", self.run(workload_of(line)))
+        if command not in self.done:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            self.done[command] = subprocess.run(
+                ["bash", "-c", command], cwd=self.folder, env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+                capture_output=True, text=True, timeout=300, check=False,
+            )  # fmt: skip
+        return self.done[command]
+
+    def run(self, workload: str) -> str:
+        """The folder of the run that the README's own command for the workload makes."""
+        training = (line for line in bash_lines() if line.startswith("python ppo_scheduler.py") and "RUN" not in line)
+        done = self.types(next(line for line in training if workload_of(line) == workload))
+        assert done.returncode == 0, done.stderr
+        name = re.sub(r"\S+\.swf\.gz", "my_cluster", workload)
+        return f"runs/{min(path.name for path in (self.folder / 'runs').glob(f'{name}__ppo_scheduler__*'))}"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return Reader(tmp_path_factory.mktemp("reader"))
+
+
+@pytest.mark.parametrize("line", bash_lines())
+def test_every_command_runs(line: str, reader: Reader) -> None:
+    if "rlscheduler.json" in line and not (reader.folder / "rlscheduler.json").exists():
+        pytest.skip("without the traces and rlscheduler.json")
+    done = reader.types(line)
+    assert done.returncode == 0, f"{done.args[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_every_snippet_runs(snippet: str, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "runs/RUN" in snippet:
+        snippet = snippet.replace("runs/RUN", reader.run(workload_of(snippet)))
+    monkeypatch.chdir(reader.folder)
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_a_command_that_no_test_covers_is_noticed() -> None:
+    with pytest.raises(ValueError, match="no test covers"):
+        short("python dqn_scheduler.py")
+
+
+def test_defaults_are_those_of_the_scripts() -> None:
+    known = {field.name: field.default for script in (Args, Compare) for field in fields(script)}
+    rows = re.findall(r"^\| `--([\w-]+)` \| `(.*?)` \|", README, re.MULTILINE)
+    assert len(rows) >= 15
+    for flag, default in rows:
+        value = known[flag.replace("-", "_")]
+        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        assert default.replace("_", "") == text.replace("_", ""), f"--{flag}"
+
+
+def test_every_link_into_the_repository_leads_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?:|#)(.*?)\)", README)
+    assert targets and not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_every_figure_is_measured() -> None:
+    assert re.findall(r"TBD\(\w+\)", README) == [] and "TBD(" not in README
