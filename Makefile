@@ -1,5 +1,6 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
+TRAIN ?= --total-timesteps 400000
 
 .PHONY: setup setup-dev train test lint format docs
 
