@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from policies import load_policy
 from scheduler_env import (
@@ -47,6 +48,7 @@ from scheduler_env import (
     Observation,
     Schedule,
     SchedulerVectorEnv,
+    gantt,
     simulate,
 )
 from workloads import at_loads, load_workload, replacing, write_json
@@ -385,6 +387,10 @@ class Trainer:
         self.segments = np.stack([begin, end], 1)
         self.rules = {r: judge(simulate(self.validation, r, self.segments), args.objective) for r in RULES}
         self.best_rule = min(filter(lambda r: self.acceptable(self.rules[r]), RULES), key=lambda r: self.rules[r].cost)
+        [self.replay] = simulate(self.validation, self.best_rule, self.segments[:1])
+        submitted, started = self.replay.jobs.submit_time, np.sort(self.replay.start_time)
+        queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
+        self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
         if args.reference == "auto":
             # Means alone favour rules that starve some jobs, which shows later, in a busier time: the root mean square
             # does not. A rule with history is no reference: its roll-outs never stop early.
@@ -437,8 +443,11 @@ class Trainer:
             ) from error
         torch.set_rng_state(state["random"])
 
-    def validate(self) -> dict[str, float]:
-        """Export the averaged policy and replay it on the validation split; the best one so far is policy.onnx."""
+    def validate(self) -> tuple[dict[str, float], Schedule]:
+        """Export the averaged policy and replay it on the validation split; the best one so far is policy.onnx.
+
+        Returns what is logged, and the first replay.
+        """
         candidate = self.folder / "candidate.onnx"
         export_onnx(self.average.module, candidate, self.layout, self.metadata(None))
         schedules = load_policy(str(candidate)).schedule(self.validation, self.segments)
@@ -450,7 +459,10 @@ class Trainer:
         metrics = [s.metrics() for s in schedules]
         means = {f"eval/{name}": float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         improvement = 1 - found.cost / self.rules[self.best_rule].cost
-        return means | {"eval/cost": found.cost, "eval/wait_p99": found.wait_p99, "eval/improvement": improvement}
+        means |= {"eval/cost": found.cost, "eval/wait_p99": found.wait_p99, "eval/improvement": improvement}
+        if self.best_cost < float("inf"):
+            means["eval/best_improvement"] = 1 - self.best_cost / self.rules[self.best_rule].cost
+        return means, schedules[0]
 
     def metadata(self, rule: str | None) -> dict[str, Any]:
         """What policy.onnx says about itself; `rule`: it stands for that rule."""
@@ -470,16 +482,24 @@ class Trainer:
         export_onnx(FollowRule(), self.folder / "policy.onnx", self.layout, self.metadata(self.best_rule))
         return self.best_rule
 
-    def table(self) -> Table:
-        """The validation costs of the policy and of the rules worth knowing, best first."""
+    def results(self) -> list[tuple[str, float, float, float, float]]:
+        """The policy and the rules worth knowing, best first: validation cost, and relative to FIFO, EASY-FIFO and the
+        best rule."""
         names = dict.fromkeys(("fifo", "easy-fifo", "easy-sjf", "easy-saf", self.args.reference, self.best_rule))
         rows = {"PPO": self.best_cost} | {name: self.rules[name].cost for name in names}
+        others = [self.rules[name].cost for name in ("fifo", "easy-fifo", self.best_rule)]
+        ranked = sorted(rows.items(), key=lambda row: row[1])
+        return [(name, cost, *(cost / other - 1 for other in others)) for name, cost in ranked]
+
+    def columns(self) -> list[str]:
+        return ["policy", METRIC[self.args.objective], "to FIFO", "to EASY-FIFO", f"to {self.best_rule}"]
+
+    def table(self) -> Table:
         table = Table(title=f"{Path(self.args.workload).name}: mean {self.args.objective} on the validation split")
-        for column in ("policy", METRIC[self.args.objective], "to FIFO", "to EASY-FIFO", f"to {self.best_rule}"):
+        for column in self.columns():
             table.add_column(column, justify="left" if column == "policy" else "right")
-        for name, cost in sorted(rows.items(), key=lambda row: row[1]):
-            relative = [f"{cost / self.rules[r].cost - 1:+.1%}" for r in ("fifo", "easy-fifo", self.best_rule)]
-            table.add_row(name, f"{cost:,.1f}", *relative)
+        for name, cost, *relative in self.results():
+            table.add_row(name, f"{cost:,.1f}", *(f"{share:+.1%}" for share in relative))
         return table
 
 
@@ -514,8 +534,11 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                     for tag, name in CHARTS.items():
                         writer.add_scalar(f"charts/{tag}", np.mean([e[name] for e in episodes]), step)
                 if trainer.iteration % every == 0 or trainer.iteration == args.num_iterations:
-                    for name, value in trainer.validate().items():
+                    metrics, replay = trainer.validate()
+                    for name, value in metrics.items():
                         writer.add_scalar(name, value, step)
+                    writer.add_image("gantt/policy", snapshot(replay, trainer.moment), step, dataformats="HWC")
+                    writer.flush()  # somebody may be waiting for it: TensorBoard, or a sweep that stops bad runs
                     trainer.checkpoint()
                 best = trainer.best_cost / trainer.rules[trainer.best_rule].cost - 1
                 progress.update(
@@ -529,6 +552,52 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
 
 CHARTS = {"episodic_return": "return", "episodic_length": "decisions", "latency": "latency", "wait": "wait"}
 CHARTS |= {"bounded_slowdown": "bounded_slowdown", "utilization": "utilization"}
+LAYOUT = {  # TensorBoard's Custom Scalars tab: what belongs together is in one chart
+    "does it learn": {
+        "improvement over the reference, per episode": ["Multiline", ["charts/episodic_return"]],
+        "improvement over the best rule, validation": ["Multiline", ["eval/improvement", "eval/best_improvement"]],
+    },
+    "who waits, validation": {
+        "wait (s)": ["Multiline", ["eval/wait", "eval/wait_median", "eval/wait_p95", "eval/wait_p99"]],
+        "longest wait (s)": ["Multiline", ["eval/wait_max"]],
+    },
+    "is the update healthy": {
+        "how far the policy moves": ["Multiline", ["losses/approx_kl", "losses/clipfrac"]],
+        "entropy": ["Multiline", ["losses/entropy"]],
+        "losses": ["Multiline", ["losses/policy_loss", "losses/value_loss"]],
+        "explained variance": ["Multiline", ["losses/explained_variance"]],
+    },
+}
+
+
+def snapshot(schedule: Schedule, now: float) -> np.ndarray:
+    """uint8[H, W, 3]: the Gantt chart of what has started by `now`, and beside it the queue at that time."""
+    started = schedule.start_time <= now
+    queue = schedule.jobs[~started & (schedule.jobs.submit_time <= now)]
+    past = Schedule(schedule.jobs[started], schedule.cluster, schedule.start_time[started], schedule.node[started])
+    return gantt(past, now, queue)
+
+
+def log_start(trainer: Trainer, writer: SummaryWriter) -> None:
+    """What TensorBoard shows of the run besides its curves; the HParams tab sets the last eval/ values beside it."""
+    config = asdict(trainer.args)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+    values = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
+    metrics = dict.fromkeys(("eval/best_improvement", "eval/improvement", "eval/cost", "eval/wait_p99"))
+    for summary in hparams(values, metrics)[:2]:  # the third one ends the session
+        writer.file_writer.add_summary(summary)
+    writer.add_custom_scalars(LAYOUT)
+    writer.add_image(f"gantt/{trainer.best_rule}", snapshot(trainer.replay, trainer.moment), 0, dataformats="HWC")
+
+
+def log_end(trainer: Trainer, rule: str | None) -> None:
+    """Give W&B the closing table, and the policy with its metadata."""
+    import wandb
+
+    wandb.log({"validation": wandb.Table(trainer.columns(), [list(row) for row in trainer.results()])})
+    artifact = wandb.Artifact("policy", "model", metadata=trainer.metadata(rule))
+    artifact.add_file(str(trainer.folder / "policy.onnx"))
+    wandb.log_artifact(artifact)
 
 
 def main(args: Args) -> None:
@@ -564,16 +633,18 @@ def main(args: Args) -> None:
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
-            name=folder.name, id=folder.name, resume="allow", dir=folder, save_code=True,
+            name=folder.name, id=folder.name, resume="allow", save_code=True,
         )  # fmt: skip
     console.print(f"run: {folder}   reference rule: {args.reference}   best rule on validation: {trainer.best_rule}")
     writer = SummaryWriter(folder, purge_step=trainer.iteration * args.batch_size + 1 if resume else None)
-    writer.add_text(
-        "hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
-    )
+    log_start(trainer, writer)
     finished = train(trainer, writer, console)
+    if finished:
+        writer.file_writer.add_summary(hparams({}, {})[2])
     writer.close()
     rule = trainer.finish()
+    if args.track:
+        log_end(trainer, rule)
     Console().print(trainer.table())
     if rule:
         console.print(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import ppo_scheduler
 from policies import load_policy
@@ -224,10 +231,70 @@ def test_bad_input_ends_with_one_line(finished: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "runs").exists()
 
 
+def test_tensorboard_shows_the_run_and_not_only_its_curves(finished: Path) -> None:
+    events = EventAccumulator(str(finished), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    content = {name: HParamsPluginData.FromString(c) for name, c in events.PluginTagToContent("hparams").items()}
+    values = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert values["learning_rate"].number_value == 1e-3 and values["objective"].string_value == "wait"
+    assert set(values) == {field.name for field in fields(Args)}
+    metrics = {m.name.tag for m in content["_hparams_/experiment"].experiment.metric_infos}
+    assert "eval/best_improvement" in metrics and metrics <= set(tags["scalars"])
+    assert content["_hparams_/session_end_info"].session_end_info.status == 1  # success
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charted = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    assert len(charted) > 10 and charted <= set(tags["scalars"])
+    assert (
+        "|learning_rate|0.001|" in events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    )
+    assert len(tags["images"]) == 2 and [image.step for image in events.Images("gantt/policy")] == [1024, 2048]
+    for tag in tags["images"]:
+        picture = np.asarray(Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)))
+        assert picture.shape == (256, 640, 3) and len(np.unique(picture.reshape(-1, 3), axis=0)) > 5
+    best = scalars(finished, "eval/best_improvement")
+    raw = scalars(finished, "eval/improvement")
+    assert all(best[step] >= raw[step] or step not in best for step in raw) and sorted(best.values()) == [
+        *best.values()
+    ]
+
+
+def records(path: Path) -> list[Any]:
+    """What an offline run's .wandb file holds: LevelDB's log format after a header of seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, found, part, place = path.read_bytes(), [], b"", 7
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # the rest of a block is padding
+            place += 32768 - place % 32768
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        part += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            found.append(wandb_internal_pb2.Record.FromString(part))
+            part = b""
+    return found
+
+
 def test_tracking_works_without_an_account(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     result = script(
         tmp_path, *SMALL, "--track", "--total-timesteps", "512", env={**os.environ, "WANDB_MODE": "offline"}
     )
     assert result.returncode == 0, result.stderr
-    assert list(tmp_path.glob("runs/*/wandb/offline-run-*/*.wandb"))
+    run = run_folder(tmp_path)
+    (offline,) = tmp_path.glob("wandb/offline-run-*")
+    kept = records(next(offline.glob("*.wandb")))
+    assert {item.key for r in kept for item in r.run.config.update} >= {field.name for field in fields(Args)}
+    logged = {item.nested_key[0] if item.nested_key else item.key for r in kept for item in r.history.item}
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert logged >= {*events.Tags()["scalars"], *events.Tags()["images"], "validation"}
+    assert len(list(offline.glob("files/media/images/*.png"))) == 3  # the rule, and the policy twice
+    (table,) = offline.glob("files/media/table/*.json")
+    columns, rows = (json.loads(table.read_text())[key] for key in ("columns", "data"))
+    assert columns[:3] == ["policy", "wait", "to FIFO"] and {"PPO", "fifo"} < {row[0] for row in rows}
+    (artifact,) = (r.artifact for r in kept if r.WhichOneof("record_type") == "artifact" and r.artifact.type == "model")
+    metadata = json.loads(artifact.metadata)
+    assert metadata == asdict(load_policy(str(run / "policy.onnx")).metadata)
+    assert [entry.path for entry in artifact.manifest.contents] == ["policy.onnx"]
