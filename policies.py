@@ -4,6 +4,7 @@
     policy = load_policy("runs/cloud__ppo_scheduler__1__1700000000/policy.onnx")  # or load_policy("easy-sjf")
     [schedule] = policy.schedule(load_workload("my_cluster.swf.gz", "test"))
     action = policy.predict(observation)
+    decision = policy.decide(ClusterState(now, cluster, queued, running, start_time, node))  # of a real cluster
 
 B counts observations, K the jobs in the window, M nodes, R resources; the action K*M waits for the next event.
 """
@@ -20,14 +21,16 @@ from scheduler_env import (
     CLUSTER_FEATURES,
     JOB_FEATURES,
     NODE_FEATURES,
+    ClusterState,
     Layout,
+    Moment,
     Observation,
     Schedule,
     SchedulerVectorEnv,
     parse_rule,
     simulate,
 )
-from workloads import Workload
+from workloads import Cluster, Workload
 
 METADATA_KEY, VERSION = "resourcerl", 1
 # What an observation says of the reference rule's own choice.
@@ -39,8 +42,24 @@ class PolicyError(ValueError):
     """A policy that cannot be used. The message is one line: the file or name, what is wrong, the remedy."""
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What to do in a `ClusterState`. Jobs are numbers into its `queued`, nodes into its cluster's."""
+
+    start: list[tuple[int, int]]  # jobs to start now and their nodes, in order
+    reserved: tuple[int, int, float] | None  # the job that a node is kept free for, that node, and from when on
+    order: np.ndarray  # int64[Q], all queued jobs, the most urgent first: what starts, what is reserved, the rest
+
+    @property
+    def priority(self) -> np.ndarray:
+        """int64[Q]: the priority level of each queued job, from Q (most urgent) down to 1."""
+        levels = np.empty(len(self.order), np.int64)
+        levels[self.order] = np.arange(len(self.order), 0, -1)
+        return levels
+
+
 class Policy(ABC):
-    """Chooses actions from observations, and replays workloads.
+    """Chooses actions from observations, decides in states of a real cluster, and replays workloads.
 
     Attributes:
         name: what tables call it.
@@ -85,6 +104,18 @@ class Policy(ABC):
         """
 
     @abstractmethod
+    def decide(self, state: ClusterState, window: int | None = None) -> Decision:
+        """What the policy does at this moment, to the last choice, as it would in the simulator; see `schedule`.
+
+        Jobs that do not start are in the order of the policy's scores, those outside its window behind them in the
+        order of its reference rule, those that are too large for every node in use last.
+
+        Raises:
+            PolicyError: the policy was made for clusters with other resources or for RLScheduler's lock-in, or its
+                network failed.
+        """
+
+    @abstractmethod
     def _logits(self, parts: Observation) -> np.ndarray:
         """float32[B, K*M + 1]; what is said of forbidden actions does not matter."""
 
@@ -104,6 +135,14 @@ def rule_logits(parts: Observation) -> np.ndarray:
     return 1e9 * choice - 1e3 * np.arange(choice.shape[1], dtype=np.float32)
 
 
+def _decision(moment: Moment, choices: list[tuple[int, int]], order: np.ndarray) -> Decision:
+    """From what was started or reserved, in order, and the order of all jobs."""
+    reserved = moment.reserved
+    start = [choice for choice in choices if reserved is None or choice[0] != reserved[0]]
+    first = np.array([job for job, _ in start] + ([reserved[0]] if reserved else []), np.int64)
+    return Decision(start, reserved, np.concatenate([first, order[~np.isin(order, first)]]))
+
+
 class RulePolicy(Policy):
     """A classical rule (see `scheduler_env.RULES`). `predict` reads its choice from the observation."""
 
@@ -115,6 +154,10 @@ class RulePolicy(Policy):
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
     ) -> list[Schedule]:
         return simulate(workload, self.rule, segments)
+
+    def decide(self, state: ClusterState, window: int | None = None) -> Decision:
+        moment = Moment(state, self.rule)
+        return _decision(moment, moment.follow_rule(), moment.rule_order())
 
     def _logits(self, parts: Observation) -> np.ndarray:
         return rule_logits(parts)
@@ -152,16 +195,15 @@ class OnnxPolicy(Policy):
         # All trained policies are called policy.onnx: the folder of the run tells them apart.
         name, layout = "/".join(path.parts[-2:]), Layout(meta.queue_window, meta.nodes, meta.resources)
         super().__init__(name, meta.rule or meta.reference, layout)
+        self.run_options = (
+            onnxruntime.RunOptions()
+        )  # terminate = True, from any thread, ends a call that takes too long
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
     ) -> list[Schedule]:
-        meta, resources = self.metadata, workload.cluster.capacity.shape[1]
-        if resources != meta.resources:
-            raise PolicyError(
-                f"{self.path}: made for clusters with {meta.resources} kinds of resources ({meta.workload}), and "
-                f"{workload.name} has {resources}; train one for it: python ppo_scheduler.py --workload {workload.name}"
-            )
+        meta = self.metadata
+        self._check_resources(workload.cluster, workload.name)
         segments = workload.segments if segments is None else np.asarray(segments)
         if meta.rule:
             return simulate(workload, meta.rule, segments, backfill=meta.backfill, lock_in=meta.lock_in)
@@ -173,6 +215,45 @@ class OnnxPolicy(Policy):
             for index, schedule in zip(chosen, self._replay(part, int(length), window), strict=True):
                 schedules[index] = schedule
         return schedules
+
+    def decide(self, state: ClusterState, window: int | None = None) -> Decision:
+        meta = self.metadata
+        self._check_resources(state.cluster, "this cluster")
+        if meta.lock_in:
+            raise PolicyError(f"{self.path}: trained with lock_in, which no real cluster has; train one without it")
+        moment = Moment(state, parse_rule(self.reference), meta.backfill)
+        if meta.rule:
+            return _decision(moment, moment.follow_rule(), moment.rule_order())
+        layout = Layout(meta.queue_window if window is None else window, *state.cluster.capacity.shape)
+        visible, others = moment.visible(layout.window), moment.rule_order()
+        others, ranked, choices = others[~np.isin(others, visible)], visible[:0], []
+        observation, more = moment.observe(layout)
+        while more or len(ranked) < len(visible):
+            logits = self._finite_logits(layout.split(observation[None]))
+            if not len(ranked):  # before anything is reserved, all jobs have a score
+                best = logits[:-1].reshape(layout.window, layout.nodes).max(1)[: len(visible)]
+                ranked = visible[np.argsort(-best, kind="stable")]
+            action = int(logits.argmax())
+            if not more or action == layout.actions - 1:
+                break
+            choices.append(moment.act(action))
+            observation, more = moment.observe(layout)
+        return _decision(moment, choices, np.concatenate([ranked, others]))
+
+    def _finite_logits(self, parts: Observation) -> np.ndarray:
+        """float32[K*M + 1] of one observation, -inf for what is not legal."""
+        logits, legal = self._logits(parts)[0], parts.mask[0] > 0
+        if not np.isfinite(logits[legal]).all():
+            raise PolicyError(f"{self.path}: the network's answer is no number; train it again")
+        return np.where(legal, logits, -np.inf)
+
+    def _check_resources(self, cluster: Cluster, name: str) -> None:
+        meta, resources = self.metadata, cluster.capacity.shape[1]
+        if resources != meta.resources:
+            raise PolicyError(
+                f"{self.path}: made for clusters with {meta.resources} kinds of resources ({meta.workload}), and "
+                f"{name} has {resources}; train one for it with ppo_scheduler.py"
+            )
 
     def _replay(self, workload: Workload, length: int, window: int | None) -> list[Schedule]:
         """Each of the workload's segments, which have `length` jobs, in an environment of its own."""
@@ -196,7 +277,7 @@ class OnnxPolicy(Policy):
     def _logits(self, parts: Observation) -> np.ndarray:
         if self.metadata.rule:
             return rule_logits(parts)
-        return self.session.run(["logits"], parts._asdict())[0]
+        return self.session.run(["logits"], parts._asdict(), self.run_options)[0]
 
 
 def load_policy(name_or_path: str) -> Policy:

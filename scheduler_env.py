@@ -291,6 +291,15 @@ def fits(sim, p, i, m):
 
 
 @kernel
+def possible(p, i, m):
+    """Whether job i would fit on node m if nothing else ran there."""
+    for r in range(p.demand.shape[1]):
+        if p.demand[i, r] > p.capacity[m, r]:
+            return False
+    return True
+
+
+@kernel
 def allowed(sim, p, i, m):
     """Whether job i may start on node m now: it fits and does not delay the reservation, if there is one."""
     if not fits(sim, p, i, m):
@@ -309,6 +318,22 @@ def allowed(sim, p, i, m):
 
 
 @kernel
+def add_running(sim, i, end, due):
+    s = sim.s[0]
+    k = s.running  # `end` descends, so that the next completion is the last entry; equal ones leave in order of start
+    while k > 0 and sim.ends[k - 1].time <= end:
+        sim.ends[k].time, sim.ends[k].job = sim.ends[k - 1].time, sim.ends[k - 1].job
+        k -= 1
+    sim.ends[k].time, sim.ends[k].job = end, i
+    where = position_in_dues(sim, s.running, due, i)
+    for k in range(s.running, where, -1):
+        sim.dues[k].time, sim.dues[k].job = sim.dues[k - 1].time, sim.dues[k - 1].job
+    sim.dues[where].time, sim.dues[where].job = due, i
+    s.running += 1
+    s.started += 1
+
+
+@kernel
 def begin(sim, p, i, m):
     """Start queued job i on node m; note what that changes against the trajectory stored so far."""
     s = sim.s[0]
@@ -324,17 +349,7 @@ def begin(sim, p, i, m):
         sim.plan[i].start, sim.plan[i].node = s.now, m
     s.paid += job_cost(p, i, s.now, m)
     dequeue(sim, p, i)
-    k = s.running  # `end` descends, so that the next completion is the last entry; equal ones leave in order of start
-    while k > 0 and sim.ends[k - 1].time <= end:
-        sim.ends[k].time, sim.ends[k].job = sim.ends[k - 1].time, sim.ends[k - 1].job
-        k -= 1
-    sim.ends[k].time, sim.ends[k].job = end, i
-    where = position_in_dues(sim, s.running, due, i)
-    for k in range(s.running, where, -1):
-        sim.dues[k].time, sim.dues[k].job = sim.dues[k - 1].time, sim.dues[k - 1].job
-    sim.dues[where].time, sim.dues[where].job = due, i
-    s.running += 1
-    s.started += 1
+    add_running(sim, i, end, due)
 
 
 # ------------------------------------------------------------------------------------------------------- events
@@ -408,6 +423,25 @@ def shadow_time(sim, p, i, m, spare):
             for r in range(spare.shape[0]):
                 spare[r] += p.demand[j, r]
                 missing |= spare[r] < -1e-9
+    return when
+
+
+@kernel
+def earliest_start(sim, p, i):
+    """When job i, which fits nowhere now, would fit on some node: the least of its shadow times, in one pass."""
+    s = sim.s[0]
+    when = s.now
+    copy_rows(sim.free, sim.room)
+    for k in range(s.running):
+        when = max(when, sim.dues[k].time if sim.dues[k].time > s.now else s.now + 1.0)
+        j = sim.dues[k].job
+        m = sim.plan[j].node
+        enough = True
+        for r in range(p.demand.shape[1]):
+            sim.room[m, r] += p.demand[j, r]
+            enough &= p.demand[i, r] <= sim.room[m, r] + 1e-9
+        if enough:
+            break
     return when
 
 
@@ -749,7 +783,7 @@ def settle(sim, p, window):
 
 
 @kernel
-def job_row(sim, p, i, row, spare, legal):
+def job_row(sim, p, i, row, legal):
     """Fill the features of job i, and legal[m]: whether it may start or be reserved on node m."""
     s = sim.s[0]
     wait = np.float32(s.now - p.jobs[i].submit)
@@ -757,21 +791,14 @@ def job_row(sim, p, i, row, spare, legal):
     row[WAITED] = np.log(np.float32(1) + wait) * np.float32(1 / 12)
     row[EXPANSION] = np.log(np.float32(1) + wait / requested) * np.float32(0.2)
     fit = may = False
-    earliest = np.inf
     for m in range(p.speed.shape[0]):
         if fits(sim, p, i, m):
-            fit, earliest = True, 0.0
-            legal[m] = allowed(sim, p, i, m)
+            fit, legal[m] = True, allowed(sim, p, i, m)
             may |= legal[m]
         else:
-            possible = True
-            for r in range(spare.shape[0]):
-                possible &= p.demand[i, r] <= p.capacity[m, r]
-            legal[m] = possible and (s.reserved < 0 or p.lock_in)
-            if possible and earliest > 0:
-                earliest = min(earliest, shadow_time(sim, p, i, m, spare) - s.now)
+            legal[m] = (s.reserved < 0 or p.lock_in) and possible(p, i, m)
     row[FITS], row[MAY_START] = fit, may
-    row[EARLIEST] = np.log(np.float32(1 + earliest)) * np.float32(1 / 12) if earliest > 0 else 0
+    row[EARLIEST] = np.log(np.float32(1 + earliest_start(sim, p, i) - s.now)) * np.float32(1 / 12) if not fit else 0
     row[RESERVED], row[RULE_CHOICE] = i == s.reserved, i == s.rule_job
     for c in range(p.groups.shape[1]):
         g = p.groups[i, c]
@@ -781,7 +808,7 @@ def job_row(sim, p, i, row, spare, legal):
 
 
 @kernel
-def observe(sim, p, window, obs, mask, spare):
+def observe(sim, p, window, obs, mask):
     """Write the observation (float32[D], see `split`) and the mask (bool[K*M + 1]) of a decision point."""
     s = sim.s[0]
     nodes, resources = p.capacity.shape
@@ -798,7 +825,7 @@ def observe(sim, p, window, obs, mask, spare):
             row[f] = p.features[i, f]
         for r in range(resources):
             row[JOB_WIDTH + r] = p.features[i, STATIC_FEATURES + r]
-        job_row(sim, p, i, row, spare, mask[k * nodes : (k + 1) * nodes])
+        job_row(sim, p, i, row, mask[k * nodes : (k + 1) * nodes])
         row[POSITION] = k / window
         work += p.jobs[i].requested * p.jobs[i].size
     mask[window * nodes] = s.reserved >= 0 and not p.lock_in
@@ -998,7 +1025,7 @@ def reset_envs(indices, whole, batch, others, thread, past, mark, plan, obs, mas
             seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, mark)
         reset_env(sim, p, other, plan)
         if plan.window > 0:
-            observe(sim, p, plan.window, obs[e], mask[e], other.spare)
+            observe(sim, p, plan.window, obs[e], mask[e])
 
 
 @entry
@@ -1013,9 +1040,84 @@ def step_envs(low, high, actions, whole, batch, others, thread, plan, obs, mask,
                 action += 1
         rewards[e], terminated[e], truncated[e] = step_env(sim, p, other, plan, action)
         if not terminated[e]:
-            observe(sim, p, plan.window, obs[e], mask[e], other.spare)
+            observe(sim, p, plan.window, obs[e], mask[e])
         else:
             obs[e], mask[e] = 0, False
+
+
+# ------------------------------------------------------------------------------------ one moment of a real cluster
+@kernel
+def possible_somewhere(p, i):
+    for m in range(p.speed.shape[0]):
+        if possible(p, i, m):
+            return True
+    return False
+
+
+@entry
+def restore(problem, simulation, now, finished, running):
+    """Put the simulation where it would be had it lived through it: the first `finished` jobs have ended, in order, the
+    next `running` run as the plan says, and the rest waits, but for those that are too large for every node."""
+    p, sim = by_reference(problem), by_reference(simulation)
+    s = sim.s[0]
+    s.now, s.full, s.reserved, s.reserved_node, s.rule_job, s.rule_node = now, 1, -1, -1, -1, -1
+    s.arrived = s.stop = p.jobs.shape[0]
+    for i in range(finished):
+        remember(sim, p, i)
+    for i in range(finished, finished + running):
+        due = sim.plan[i].start + p.jobs[i].requested / p.speed[sim.plan[i].node]
+        add_running(sim, i, due, due)
+    for i in range(finished + running, s.stop):
+        if possible_somewhere(p, i):
+            enqueue(sim, p, i)
+
+
+@entry
+def observe_moment(problem, simulation, window, obs, mask):
+    """Write what an agent sees; whether it has a choice."""
+    p, sim = by_reference(problem), by_reference(simulation)
+    observe(sim, p, window, obs, mask)
+    return can_choose(sim, p, window)
+
+
+@entry
+def act_at_moment(problem, simulation, action):
+    """Start or reserve; returns the job and its node."""
+    p, sim = by_reference(problem), by_reference(simulation)
+    i, m = sim.queue[action // p.speed.shape[0]], action % p.speed.shape[0]
+    act(sim, p, i, m)
+    return i, m
+
+
+@entry
+def follow_rule(problem, simulation, choices):
+    """Let the rule act until it waits for the next event; choices[n] = (job, node). Returns how many there are."""
+    p, sim = by_reference(problem), by_reference(simulation)
+    n = 0
+    while n < choices.shape[0]:
+        i, m = rule_decision(sim, p)
+        if i < 0:
+            break
+        act(sim, p, i, m)
+        choices[n, 0], choices[n, 1] = i, m
+        n += 1
+    return n
+
+
+@entry
+def rule_scores(problem, simulation, scores):
+    """The scores (lowest first) of the last jobs in the rule's order of heads (tetris has none: as submitted); infinite
+    for those that are too large for every node."""
+    p, sim = by_reference(problem), by_reference(simulation)
+    first = p.jobs.shape[0] - scores.shape[0]
+    for k in range(scores.shape[0]):
+        i = first + k
+        if not possible_somewhere(p, i):
+            scores[k] = np.inf
+        elif p.head <= STATIC or p.head == TETRIS:
+            scores[k] = p.jobs[i].head_score
+        else:
+            scores[k] = score(sim, p, p.head, i)
 
 
 # ------------------------------------------------------------------------------------------- from jobs to arrays
@@ -1104,6 +1206,42 @@ def _past(jobs: Jobs, groups: np.ndarray) -> Past:
     return Past(offset, end[order], run[order])
 
 
+def _on_grid(amounts: np.ndarray, cluster: Cluster) -> np.ndarray:
+    """On a grid fine enough for anyone, sums of fractional demands are exact whatever the order of the events."""
+    grid = 2.0 ** (np.ceil(np.log2(cluster.capacity.max(0))) - 40)
+    return np.round(amounts / grid) * grid
+
+
+def _problem(
+    jobs: Jobs,
+    cluster: Cluster,
+    groups: np.ndarray,
+    rule: Rule,
+    *,
+    objective: str = "latency",
+    backfill: str = "easy",
+    lock_in: bool = False,
+    scores: np.ndarray | None = None,
+) -> Problem:
+    size = job_size(jobs, cluster)
+    unit = 1.0 / cluster.capacity.max(0)
+    requested = np.maximum(jobs.requested_time, 0.0)  # -1 in some published sequences
+    features = np.column_stack(
+        (np.ones(len(jobs)), np.log1p(requested) / 12, np.log2(1 + size) / 10, np.log1p(requested * size) / 20)
+        + (jobs.demand * unit,)
+    )
+    table = np.empty(len(jobs), JOB)
+    table["submit"], table["run"], table["requested"] = jobs.submit_time, jobs.run_time, jobs.requested_time
+    table["size"], table["head_score"] = size, static_score(rule.head, jobs, size) if scores is None else scores
+    table["backfill_score"] = static_score(rule.backfill, jobs, size) if scores is None else scores
+    return Problem(
+        table, np.ascontiguousarray(jobs.demand), features.astype(np.float32), groups,
+        cluster.capacity, cluster.speed, unit, float(cluster.speed.max()), float(cluster.capacity[:, 0].sum()),
+        *rule[1:], rule.head == rule.backfill and rule.head <= STATIC,
+        OBJECTIVES[objective], backfill == "easy", lock_in,
+    )  # fmt: skip
+
+
 class _Simulator:
     """The arrays of a workload and of `count` simulations over it, in the form that the kernels take."""
 
@@ -1123,34 +1261,18 @@ class _Simulator:
     ) -> None:
         jobs, cluster = workload.jobs, workload.cluster
         _check(jobs, cluster)
-        # On a grid fine enough for anyone, sums of fractional demands are exact whatever the order of the events.
-        grid = 2.0 ** (np.ceil(np.log2(cluster.capacity.max(0))) - 40)
-        jobs = replace(jobs, demand=np.round(jobs.demand / grid) * grid)
-        cluster = Cluster(np.round(cluster.capacity / grid) * grid, np.asarray(cluster.speed, float), cluster.resources)
+        jobs = replace(jobs, demand=_on_grid(jobs.demand, cluster))
+        cluster = replace(cluster, capacity=_on_grid(cluster.capacity, cluster), speed=np.asarray(cluster.speed, float))
         self.jobs, self.cluster, self.length = jobs, cluster, length
-        size = job_size(jobs, cluster)
-        unit = 1.0 / cluster.capacity.max(0)
-        requested = np.maximum(jobs.requested_time, 0.0)  # -1 in some published sequences
-        features = np.column_stack(
-            (np.ones(len(jobs)), np.log1p(requested) / 12, np.log2(1 + size) / 10, np.log1p(requested * size) / 20)
-            + (jobs.demand * unit,)
-        )
         if lock_in and rule.head == TETRIS:
             raise ValueError("tetris has no order of jobs, which lock_in needs; use another rule")
         self.rule_uses_history = bool({rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY})
         history = history or self.rule_uses_history
         groups = _groups(jobs) if history else np.full((len(jobs), 3), -1, np.int32)
         self.past = _past(jobs, groups) if history else Past(np.zeros(1, np.int64), np.zeros(0), np.zeros(0))
-        table = np.empty(len(jobs), JOB)
-        table["submit"], table["run"], table["requested"] = jobs.submit_time, jobs.run_time, jobs.requested_time
-        table["size"], table["head_score"] = size, static_score(rule.head, jobs, size) if scores is None else scores
-        table["backfill_score"] = static_score(rule.backfill, jobs, size) if scores is None else scores
-        self.whole = Problem(
-            table, np.ascontiguousarray(jobs.demand), features.astype(np.float32), groups,
-            cluster.capacity, cluster.speed, unit, float(cluster.speed.max()), float(cluster.capacity[:, 0].sum()),
-            *rule[1:], rule.head == rule.backfill and rule.head <= STATIC,
-            OBJECTIVES[objective], backfill == "easy", lock_in,
-        )  # fmt: skip
+        self.whole = _problem(
+            jobs, cluster, groups, rule, objective=objective, backfill=backfill, lock_in=lock_in, scores=scores
+        )
         self.batch = self._allocate(count, length, 3 * length if history else 0)
         self.batch.s["stop"] = length
         self._others = self._allocate(threads, length, 3 * length if self.rule_uses_history else 0)
@@ -1263,6 +1385,94 @@ def simulate(
     nothing = np.zeros((len(segments), 0), np.float32)
     core.reset(np.arange(len(segments)), Plan(0, core.length, 0, 0, False, True), nothing, nothing.astype(bool))
     return [core.schedule(e) for e in range(len(segments))]
+
+
+@dataclass(frozen=True)
+class ClusterState:
+    """A cluster at one moment. Demands are in the units of its capacity; all times have one origin.
+
+    Run times of jobs that have not finished are not looked at. Jobs in `queued` and `running` may be in any order;
+    equal submit times count in the order given.
+    """
+
+    now: float
+    cluster: Cluster
+    queued: Jobs
+    running: Jobs
+    start_time: np.ndarray  # float64[running]
+    node: np.ndarray  # int[running], their nodes
+    finished: Jobs | None = None  # in order of their ends: what is known of their users; the last two of a kind suffice
+    free: np.ndarray | None = None  # float64[M, R]; None: what the running jobs leave; less: not in use for now
+
+
+class Moment:
+    """A `ClusterState` in the form that the kernels take, and what a rule or an agent would do there.
+
+    Jobs in `queued` have the same numbers as in the state, here in everything that is returned.
+    """
+
+    def __init__(self, state: ClusterState, rule: Rule, backfill: str = "easy") -> None:
+        cluster, finished = state.cluster, state.finished if state.finished is not None else state.queued[:0]
+        ordered = [np.argsort(part.submit_time, kind="stable") for part in (state.running, state.queued)]
+        self.numbers, self._first = ordered[1], len(finished) + len(ordered[0])
+        jobs = Jobs.concatenate([finished, state.running[ordered[0]], state.queued[ordered[1]]])
+        jobs = replace(jobs, demand=_on_grid(jobs.demand, cluster))
+        groups = _groups(jobs) if len(finished) else np.full((len(jobs), 3), -1, np.int32)
+        count, (nodes, resources) = len(jobs), cluster.capacity.shape
+        plan = np.zeros(count, START)
+        plan["start"] = np.inf
+        running = slice(len(finished), self._first)
+        plan["start"][running], plan["node"][running] = state.start_time[ordered[0]], state.node[ordered[0]]
+        capacity = _on_grid(cluster.capacity, cluster)
+        used = np.zeros((nodes, resources))
+        np.add.at(used, plan["node"][running], jobs.demand[running])
+        free = np.maximum(capacity - used if state.free is None else _on_grid(state.free, cluster), 0.0)
+        problem = _problem(jobs, replace(cluster, capacity=capacity), groups, rule, backfill=backfill)
+        # What is neither free nor due to be is of no use now, nor for a reservation.
+        self.problem = problem._replace(capacity=np.minimum(capacity, free + used))
+        self.sim = Sim(
+            np.zeros(1, SCALARS), np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, TIMED),
+            np.zeros(count, TIMED), free, np.zeros(resources), np.zeros(resources), np.zeros((nodes, resources)),
+            np.zeros((int(groups.max(initial=-1)) + 1, 4)), plan,
+        )  # fmt: skip
+        restore(self.problem, self.sim, float(state.now), len(finished), len(state.running))
+
+    @property
+    def reserved(self) -> tuple[int, int, float] | None:
+        """The job that a node is reserved for, that node, and the job's shadow time."""
+        s = self.sim.s[0]
+        return (
+            (self._number(s["reserved"]), int(s["reserved_node"]), float(s["shadow"])) if s["reserved"] >= 0 else None
+        )
+
+    def observe(self, layout: Layout) -> tuple[np.ndarray, bool]:
+        """The observation float32[D], and whether some visible job may start now."""
+        obs, mask = np.empty(layout.size, np.float32), np.empty(layout.actions, bool)
+        return obs, observe_moment(self.problem, self.sim, layout.window, obs, mask)
+
+    def act(self, action: int) -> tuple[int, int]:
+        """Take a legal action other than to wait: the job and node that it starts or, if it does not fit, reserves."""
+        job, node = act_at_moment(self.problem, self.sim, action)
+        return self._number(job), node
+
+    def follow_rule(self) -> list[tuple[int, int]]:
+        """Do what the rule does now: the jobs and nodes, in order, that it starts or reserves."""
+        choices = np.empty((len(self.numbers) + 1, 2), np.int64)
+        count = follow_rule(self.problem, self.sim, choices)
+        return [(self._number(job), int(node)) for job, node in choices[:count]]
+
+    def visible(self, window: int) -> np.ndarray:
+        """int64[...]: the jobs in the window of an agent, oldest first."""
+        return self.numbers[self.sim.queue[: min(window, int(self.sim.s[0]["queued"]))] - self._first]
+
+    def rule_order(self) -> np.ndarray:
+        """int64[Q]: all queued jobs in the rule's order of heads; those that are too large for every node last."""
+        scores = np.empty(len(self.numbers))
+        rule_scores(self.problem, self.sim, scores)
+        return self.numbers[np.argsort(scores, kind="stable")]
+
+    def _number(self, job: int) -> int:
+        return int(self.numbers[job - self._first])
 
 
 class _compiling:

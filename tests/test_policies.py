@@ -2,16 +2,29 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import scheduler_env as se
-from policies import JOB_CHOICE, METADATA_KEY, NODE_CHOICE, RULE_WAITS, OnnxPolicy, PolicyError, load_policy
-from workloads import load_workload
+from policies import (
+    JOB_CHOICE,
+    METADATA_KEY,
+    NODE_CHOICE,
+    RULE_WAITS,
+    ClusterState,
+    OnnxPolicy,
+    Policy,
+    PolicyError,
+    load_policy,
+)
+from ppo_scheduler import Agent, export_onnx
+from workloads import Cluster, Workload, at_loads, load_workload
 
 META = {
     "version": 1, "algorithm": "ppo", "workload": "hpc", "objective": "latency", "reference": "easy-sjf",
@@ -192,3 +205,107 @@ def test_other_resources_are_refused(policy: OnnxPolicy) -> None:
         match=r"policy\.onnx: made for clusters with 1 kinds of resources \(hpc\), and cloud has 2; train one",
     ):
         policy.schedule(load_workload("cloud", "test", runs=1, run_jobs=50))
+
+
+# ------------------------------------------------------------------------------------------- states of a real cluster
+def state_at(schedule: se.Schedule, now: float, rng: np.random.Generator) -> tuple[ClusterState, np.ndarray]:
+    """What an operator would have seen at that moment of a schedule, jobs in any order; which jobs were queued."""
+    jobs, start, end = schedule.jobs, schedule.start_time, schedule.start_time + schedule.service_time
+    finished = np.flatnonzero(end <= now)
+    finished = finished[np.lexsort((start[finished], end[finished]))]
+    running = rng.permutation(np.flatnonzero((start < now) & (end > now)))
+    queued = np.flatnonzero((jobs.submit_time <= now) & (start >= now))
+    return ClusterState(
+        now, schedule.cluster, jobs[queued], jobs[running], start[running], schedule.node[running], jobs[finished]
+    ), queued
+
+
+def assert_decides_as_it_schedules(policy: Policy, workload: Workload, window: int | None = None) -> None:
+    """At every arrival and every end of a job, `decide` starts what the simulator started at that instant."""
+    [schedule] = policy.schedule(workload, window=window)
+    rng, started, longest = np.random.default_rng(0), 0, 0
+    for now in np.unique([schedule.jobs.submit_time, schedule.start_time + schedule.service_time]):
+        state, queued = state_at(schedule, now, rng)
+        decision = policy.decide(state, window)
+        expected = {(i, schedule.node[i]) for i in queued if schedule.start_time[i] == now}
+        assert {(queued[job], node) for job, node in decision.start} == expected, now
+        assert sorted(decision.order) == list(range(len(queued)))
+        front = [job for job, _ in decision.start] + ([decision.reserved[0]] if decision.reserved else [])
+        assert decision.order[: len(front)].tolist() == front
+        assert decision.priority[decision.order].tolist() == list(range(len(queued), 0, -1))
+        started, longest = started + len(expected), max(longest, len(queued))
+    assert started == len(schedule.jobs) and longest > 16
+
+
+@pytest.mark.parametrize("workload", ["hpc", "cloud"])
+@pytest.mark.parametrize("rule", sorted(set(se.RULES) - {"random", "round-robin"}))  # these two remember, or draw
+def test_a_rule_decides_as_it_schedules(workload: str, rule: str) -> None:
+    jobs = at_loads(load_workload(workload, "test", runs=1, run_jobs=200), [2.0])
+    assert_decides_as_it_schedules(load_policy(rule), jobs)
+
+
+@pytest.mark.parametrize("backfill", ["easy", "none"])
+@pytest.mark.parametrize("workload", ["hpc", "cloud", "datacenter"])
+def test_a_network_decides_as_it_schedules(tmp_path: Path, workload: str, backfill: str) -> None:
+    """Random weights, so that every feature counts: also the history, and jobs outside the window."""
+    jobs = at_loads(load_workload(workload, "test", runs=1, run_jobs=250), [2.0])
+    torch.manual_seed(2)
+    agent, (nodes, resources) = Agent(jobs.cluster.capacity.shape[1], rule_bonus=0.0), jobs.cluster.capacity.shape
+    torch.nn.init.normal_(agent.query.weight, std=1.0)
+    meta = META | {"reference": "easy-wfp3+sjf", "backfill": backfill, "nodes": nodes, "resources": resources}
+    export_onnx(agent, tmp_path / "policy.onnx", se.Layout(16, nodes, resources), meta)
+    policy = load_policy(str(tmp_path / "policy.onnx"))
+    assert_decides_as_it_schedules(policy, jobs)
+    assert_decides_as_it_schedules(policy, jobs, window=40)
+
+
+def small_state(**changes: object) -> ClusterState:
+    """Two nodes of 4 and 8 processors; jobs ask for 8, 3, 2 and 1 of them; one of 4 runs on the larger until 100 s."""
+    jobs = load_workload("hpc", "test", runs=1, run_jobs=5)
+    jobs = replace(
+        jobs.jobs, submit_time=np.arange(5.0), requested_time=np.array([60.0, 50.0, 40.0, 200.0, 100.0]),
+        demand=np.array([[8.0], [3.0], [2.0], [1.0], [4.0]]),
+    )  # fmt: skip
+    cluster = Cluster(np.array([[4.0], [8.0]]), np.ones(2), ("processors",))
+    state = ClusterState(50.0, cluster, jobs[:4], jobs[4:], np.array([0.0]), np.array([1]))
+    return replace(state, **changes)
+
+
+def test_decisions_by_hand() -> None:
+    """EASY-FIFO: the job of 8 waits for the end of the running one; what ends before, or runs elsewhere, starts."""
+    state = small_state()
+    decision = load_policy("easy-fifo").decide(state)
+    assert decision.start == [(1, 0), (2, 1), (3, 0)] and decision.reserved == (0, 1, 100.0)
+    assert decision.order.tolist() == [1, 2, 3, 0] and decision.priority.tolist() == [1, 4, 3, 2]
+    blocked = load_policy("fifo").decide(state)
+    assert blocked.start == [] and blocked.reserved == (0, 1, 100.0) and blocked.order.tolist() == [0, 1, 2, 3]
+    assert load_policy("greedy-sjf").decide(state).start == [(2, 0), (1, 1), (3, 1)]
+
+
+def test_what_is_not_in_use_takes_no_job_and_no_reservation() -> None:
+    halved = small_state(free=np.array([[4.0], [0.0]]))  # of the larger node only the half that is taken is in use
+    decision = load_policy("easy-fifo").decide(halved)
+    assert decision.start == [(1, 0), (3, 0)] and decision.reserved == (2, 1, 100.0)
+    assert decision.order.tolist() == [1, 3, 2, 0]  # the job of 8 fits nowhere and comes last
+
+
+def test_decisions_without_jobs(policy: OnnxPolicy) -> None:
+    none = small_state().queued[:0]
+    state = small_state(queued=none, running=none, start_time=np.zeros(0), node=np.zeros(0, int))
+    for chooser in (policy, load_policy("easy-fifo")):
+        decision = chooser.decide(state)
+        assert decision.start == [] and decision.reserved is None and decision.order.tolist() == []
+
+
+def test_states_that_a_policy_cannot_decide(tmp_path: Path, policy: OnnxPolicy) -> None:
+    two = load_workload("cloud", "test", runs=1, run_jobs=5)
+    nothing = np.zeros(0)
+    with pytest.raises(PolicyError, match="kinds of resources"):
+        policy.decide(ClusterState(9e9, two.cluster, two.jobs, two.jobs[:0], nothing, nothing.astype(int)))
+    with pytest.raises(PolicyError, match="lock_in"):
+        load_policy(str(write_policy(tmp_path / "policy.onnx", lock_in=True))).decide(small_state())
+    with pytest.raises(PolicyError, match="no number"):
+        load_policy(str(write_policy(tmp_path / "policy.onnx", follow=np.nan))).decide(small_state())
+    policy.run_options.terminate = True
+    with pytest.raises(Exception, match="terminate"):
+        policy.decide(small_state())
