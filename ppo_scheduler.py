@@ -200,6 +200,28 @@ class Agent(nn.Module):
         logits = torch.cat([pairs.flatten(1), wait], 1)
         return torch.where(mask > 0, logits, NEVER), self.value(context)[:, 0]
 
+    def logits(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        """The same logits by products of whole matrices, empty places included: for export. A single observation takes
+        onnxruntime a third of the time that way, with 256 nodes a ninth."""
+        present = (jobs[..., :1] > 0).float()
+        job, node = torch.relu(self.job_in(jobs)), torch.relu(self.node_in(nodes))
+        pooled = (present.transpose(1, 2) @ job)[:, 0] / present.sum(1).clamp(min=1)
+        context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
+        job = torch.relu(self.job_out(job) + context[:, None])
+        node = torch.relu(self.node_out(node) + context[:, None])
+        query = self.query(job)
+        scores = query[..., :-1] @ node.transpose(1, 2) / node.shape[-1] ** 0.5
+        demand, free = jobs[..., JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
+        fit = present > 0
+        for r in range(self.resources):
+            fit = fit & (demand[:, :, None, r] <= free[:, None, :, r] + 1e-6)
+        scores = scores + query[..., -1:] * fit
+        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()
+        scores = scores + bonus[:, None] * jobs[..., RULE_CHOICE, None] * nodes[:, None, :, RULE_NODE]
+        scores = torch.where(present > 0, scores, NEVER)
+        wait = self.wait(context) + bonus * cluster[:, RULE_WAITS, None]
+        return torch.where(mask > 0, torch.cat([scores.flatten(1), wait], 1), NEVER)
+
 
 RULE_CHOICE, RULE_NODE = JOB_FEATURES.index("rule_choice"), NODE_FEATURES.index("rule_choice")
 RULE_WAITS = CLUSTER_FEATURES.index("rule_waits")
@@ -338,9 +360,11 @@ class FollowRule(nn.Module):
 
     def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """As `Agent.forward`."""
+        return self.logits(jobs, nodes, cluster, mask), cluster[:, 0]
+
+    def logits(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
         pairs = jobs[..., RULE_CHOICE, None] * nodes[..., RULE_NODE][:, None]
-        logits = torch.cat([pairs.flatten(1), cluster[:, RULE_WAITS, None]], 1)
-        return torch.where(mask > 0, logits, NEVER), cluster[:, 0]
+        return torch.where(mask > 0, torch.cat([pairs.flatten(1), cluster[:, RULE_WAITS, None]], 1), NEVER)
 
 
 class LogitsOnly(nn.Module):
@@ -351,7 +375,7 @@ class LogitsOnly(nn.Module):
         self.agent = agent
 
     def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
-        return self.agent(jobs, nodes, cluster, mask)[0]
+        return self.agent.logits(jobs, nodes, cluster, mask)
 
 
 def export_onnx(agent: nn.Module, path: Path, layout: Layout, metadata: dict[str, Any]) -> None:
