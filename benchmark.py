@@ -1,9 +1,10 @@
-"""Compares policies on held-out jobs; replays RLScheduler's published protocol; measures the simulator's speed.
+"""Compares policies on held-out jobs; replays RLScheduler's published protocol; measures the speed; searches flags.
 
     python benchmark.py compare --workload hpc --policies fifo easy-fifo easy-sjf runs/X/policy.onnx
     python benchmark.py compare --workload my_cluster.swf.gz --policies easy-fifo all --load 1.1 --output results.json
     python benchmark.py rlscheduler --traces traces --reference rlscheduler.json
     python benchmark.py speed --output speed.json
+    python benchmark.py sweep sweeps/ppo.yaml --trials 20
 
 All policies get the same jobs and are compared in the same blocks of consecutive jobs, so that what is hard about a
 block cancels in the differences. Times are seconds; N counts jobs, B blocks.
@@ -38,6 +39,7 @@ from scheduler_env import (
     parse_rule,
     simulate,
 )
+from sweep import Sweep, sweep
 from workloads import Cluster, Jobs, Workload, WorkloadError, load_workload, read_swf, scale_load, write_json
 
 METRICS = ("latency", "wait", "bounded_slowdown", "utilization", "makespan")
@@ -477,12 +479,12 @@ def replaying(names: Iterable[str]) -> Iterable[str]:
 
 
 def main() -> None:
-    commands = {"compare": Compare, "rlscheduler": RLScheduler, "speed": Speed}
+    commands = {"compare": Compare, "rlscheduler": RLScheduler, "speed": Speed, "sweep": Sweep}
     args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     try:
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
-        results, table = {Compare: compare, RLScheduler: rlscheduler, Speed: speed}[type(args)](args)
+        results, table = {Compare: compare, RLScheduler: rlscheduler, Speed: speed, Sweep: sweep}[type(args)](args)
         if args.output:
             write_json(args.output, results)
     except (ValueError, OSError) as error:  # also WorkloadError and PolicyError
