@@ -2,6 +2,7 @@
 
     python benchmark.py compare --workload hpc --policies fifo easy-fifo easy-sjf runs/X/policy.onnx
     python benchmark.py compare --workload my_cluster.swf.gz --policies easy-fifo all --load 1.1 --output results.json
+    python benchmark.py compare --workload my_cluster.swf.gz --policies easy-fifo easy-sjf runs/X --report report
     python benchmark.py rlscheduler --traces traces --reference rlscheduler.json
     python benchmark.py speed --output speed.json
     python benchmark.py sweep sweeps/ppo.yaml --trials 20
@@ -54,7 +55,7 @@ class Compare:
     workload: str = "cloud"
     """a preset (cloud, hpc, manufacturing, datacenter, tasks) or the path of an SWF trace, plain or gzipped"""
     policies: tuple[str, ...] = ("fifo", "easy-fifo", "easy-sjf")
-    """names of rules and paths of policy.onnx; `all` stands for every rule; the first is what the others differ from"""
+    """names of rules, run folders and paths of policy.onnx; `all` is every rule; the first is what the others differ from"""
     protocol: Literal["continuous", "windows"] = "continuous"
     """replay the split as one run, or windows of it from an empty machine, as the literature does"""
     split: Literal["test", "validation"] = "test"
@@ -75,6 +76,15 @@ class Compare:
     """draws the windows and the bootstrap's blocks"""
     output: Path | None = None
     """where to write the results as JSON"""
+    report: Path | None = None
+    """the folder for a report: index.html, report.md, results.json, episodes.csv, plots; what was replayed is kept there,
+    so that an interrupted comparison goes on where it stopped"""
+    objective: Literal["latency", "wait", "slowdown"] = "latency"
+    """what the report is about: it picks the best rule, and the lower bound is on it"""
+    loads: tuple[float, ...] = (0.8, 0.9, 1.0, 1.1)
+    """the report's sweep: arrivals compressed by these factors"""
+    workers: int = 1
+    """replay in so many processes"""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What can choose the next job: a rule by name, or a trained policy.onnx by path.
 
     from policies import load_policy
-    policy = load_policy("runs/cloud__ppo_scheduler__1__1700000000/policy.onnx")  # or load_policy("easy-sjf")
+    policy = load_policy("runs/cloud__ppo_scheduler__1__1700000000")  # or the policy.onnx in it, or "easy-sjf"
     [schedule] = policy.schedule(load_workload("my_cluster.swf.gz", "test"))
     action = policy.predict(observation)
     decision = policy.decide(ClusterState(now, cluster, queued, running, start_time, node))  # of a real cluster
@@ -255,24 +255,55 @@ class OnnxPolicy(Policy):
                 f"{name} has {resources}; train one for it with ppo_scheduler.py"
             )
 
+    def environments(
+        self, workload: Workload, count: int, length: int, window: int | None = None
+    ) -> SchedulerVectorEnv:
+        """`count` environments of `length` jobs without warm-up or follow-up, whose observations this policy reads."""
+        meta = self.metadata
+        return SchedulerVectorEnv(
+            count, workload, num_jobs=length, warmup_jobs=0, followup_jobs=0,
+            queue_window=meta.queue_window if window is None else window, backfill=meta.backfill,
+            objective=meta.objective, reward="cost", reference=meta.reference, lock_in=meta.lock_in,
+        )  # fmt: skip
+
     def _replay(self, workload: Workload, length: int, window: int | None) -> list[Schedule]:
         """Each of the workload's segments, which have `length` jobs, in an environment of its own."""
-        meta, count = self.metadata, len(workload.segments)
-        window = meta.queue_window if window is None else window
-        envs = SchedulerVectorEnv(
-            count, workload, num_jobs=length, warmup_jobs=0, followup_jobs=0, queue_window=window,
-            backfill=meta.backfill, objective=meta.objective, reward="cost", reference=meta.reference,
-            lock_in=meta.lock_in,
-        )  # fmt: skip
+        count = len(workload.segments)
+        envs = self.environments(workload, count, length, window)
         observations, infos = envs.reset(seed=0, options={"first": workload.segments[:, 0]})
         schedules: list[Schedule | None] = [None] * count
         while None in schedules:
-            observations, _, _, _, infos = envs.step(self._choose(envs.split(observations)))
+            actions = self.choices(envs.split(observations)).argmax(axis=1)
+            observations, _, _, _, infos = envs.step(actions)
             # Environments that end start again at once: only the first end of each counts.
             for e in np.flatnonzero(infos.get("_final_schedule", ())):
                 schedules[e] = schedules[e] or infos["final_schedule"][e]
         envs.close()
         return schedules
+
+    def choices(self, parts: Observation) -> np.ndarray:
+        """float32[B, K*M + 1]: the logits as they are, the best of which decide a replay: what it measures is the
+        policy itself, so what `predict` would mend is refused.
+
+        Raises:
+            PolicyError: the network does not run, or its best logit is NaN or of an action that the mask forbids.
+        """
+        try:
+            logits = self._logits(parts)
+        except Exception as error:  # onnxruntime's errors have no class in common, and their texts several lines
+            reason = str(error).strip().splitlines()[0]
+            raise PolicyError(f"{self.path}: its network does not run ({reason}); export it again") from None
+        if logits.shape != parts.mask.shape:
+            shapes = f"logits {list(logits.shape)} for a mask {list(parts.mask.shape)}"
+            raise PolicyError(f"{self.path}: its network gives {shapes}; export it again")
+        best = np.arange(len(logits)), logits.argmax(axis=1)  # the first NaN, if there is one
+        for wrong, what in (
+            (np.isnan(logits[best]), "gives NaN"),
+            (parts.mask[best] == 0, "chooses an action that the mask forbids"),
+        ):
+            if wrong.any():
+                raise PolicyError(f"{self.path}: its network {what}; train or export it again")
+        return logits
 
     def _logits(self, parts: Observation) -> np.ndarray:
         if self.metadata.rule:
@@ -281,12 +312,15 @@ class OnnxPolicy(Policy):
 
 
 def load_policy(name_or_path: str) -> Policy:
-    """The rule of that name, or the trained policy in that file.
+    """The rule of that name, or the trained policy in that file or run folder.
 
     Raises:
         PolicyError: no such rule or file, a file that is no ONNX or none of ours, or made for other features.
     """
     path = Path(name_or_path)
+    if path.is_dir() and not (path / "policy.onnx").exists():
+        raise PolicyError(f"{path}: no such file as policy.onnx in this folder; give one of a run that was validated")
+    path = path / "policy.onnx" if path.is_dir() else path
     if path.suffix == ".onnx" or path.exists() or len(path.parts) > 1:
         return OnnxPolicy(path)
     try:
