@@ -11,16 +11,32 @@ All policies get the same jobs and are compared in the same blocks of consecutiv
 block cancels in the differences. Times are seconds; N counts jobs, B blocks.
 """
 
+import csv
+import hashlib
+import heapq
 import json
 import math
 import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryFile
+from typing import Any, Literal, NamedTuple, TypeVar
+from zipfile import BadZipFile
 
+import numba
 import numpy as np
 import tyro
 from rich import box
@@ -28,21 +44,36 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from policies import Policy, load_policy
+from policies import OnnxPolicy, Policy, PolicyError, load_policy
 from scheduler_env import (
     BLOCKING,
+    JOB_FEATURES,
     RULES,
+    SLOWDOWN_BOUND,
     STATIC,
     UNICEP_RLSCHEDULER,
     Rule,
     Schedule,
     SchedulerVectorEnv,
+    job_size,
     parse_rule,
     simulate,
 )
 from sweep import Sweep, sweep
-from workloads import Cluster, Jobs, Workload, WorkloadError, load_workload, read_swf, scale_load, write_json
+from workloads import (
+    Cluster,
+    Jobs,
+    Workload,
+    WorkloadError,
+    load_workload,
+    offered_load,
+    read_swf,
+    replacing,
+    scale_load,
+    write_json,
+)
 
+T = TypeVar("T")
 METRICS = ("latency", "wait", "bounded_slowdown", "utilization", "makespan")
 RESAMPLES = 10_000
 WARMUP = 0.05  # the share of a continuous replay that is not counted: its machine starts empty
@@ -55,7 +86,7 @@ class Compare:
     workload: str = "cloud"
     """a preset (cloud, hpc, manufacturing, datacenter, tasks) or the path of an SWF trace, plain or gzipped"""
     policies: tuple[str, ...] = ("fifo", "easy-fifo", "easy-sjf")
-    """names of rules, run folders and paths of policy.onnx; `all` is every rule; the first is what the others differ from"""
+    """rules, run folders and paths of policy.onnx; `all` is every rule; the first is what the others differ from"""
     protocol: Literal["continuous", "windows"] = "continuous"
     """replay the split as one run, or windows of it from an empty machine, as the literature does"""
     split: Literal["test", "validation"] = "test"
@@ -77,8 +108,8 @@ class Compare:
     output: Path | None = None
     """where to write the results as JSON"""
     report: Path | None = None
-    """the folder for a report: index.html, report.md, results.json, episodes.csv, plots; what was replayed is kept there,
-    so that an interrupted comparison goes on where it stopped"""
+    """the folder for a report: index.html, report.md, results.json, episodes.csv, plots; replays are kept there too, so
+    that an interrupted comparison goes on where it stopped"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what the report is about: it picks the best rule, and the lower bound is on it"""
     loads: tuple[float, ...] = (0.8, 0.9, 1.0, 1.1)
@@ -204,35 +235,200 @@ def difference(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> di
 
 def compare(args: Compare) -> tuple[dict[str, Any], Table]:
     """Replay the same jobs under every policy. Returns what results.json holds, and its table."""
-    workload = held_out(args)
-    policies = named_policies(args.policies)  # all of them are read before the first one runs
-    workload.report_skipped()
-    # A window is a block; a continuous replay is cut into some, none of which straddles two runs.
-    blocks, warmup = (1, 0.0) if args.protocol == "windows" else (args.blocks // len(workload.segments), WARMUP)
-    cuts = [cut(last - first, max(1, blocks), warmup) for first, last in workload.segments]
-    per_block, tails = {}, {}
-    for name in replaying(policies):
-        schedules = policies[name].schedule(workload)
-        pairs = [(schedule, block) for schedule, own in zip(schedules, cuts, strict=True) for block in own]
-        per_block[name] = np.array([block_metrics(*pair) for pair in pairs])  # [B, len(METRICS)]
-        waits = np.concatenate([schedule.wait[block] for schedule, block in pairs])
-        tails[name] = {"wait_p99": float(np.percentile(waits, 99)), "wait_max": float(waits.max())}
+    headline = Scenario(args.protocol, args.load)
+    workloads = {headline: held_out(args)}
+    policies, left_out = named_policies(args.policies)  # all of them are read before the first one runs
+    if args.report:
+        check_folder(args.report)
+        workloads |= other_scenarios(args, headline)
+        policies |= {rule: load_policy(rule) for rule in BASELINES if rule not in policies}
+    workloads[headline].report_skipped()
+    replays = {scenario: Replays(workload, cuts(args, scenario, workload)) for scenario, workload in workloads.items()}
+    for scenario, name, found in replay_all(workloads, policies, args.report and args.report / "replays", args.workers):
+        if isinstance(found, str):
+            left_out.append(found)
+            policies.pop(name, None)
+        elif name in policies:
+            replays[scenario].add(name, *found)
+    if not policies or set(policies) <= set(BASELINES) - set(args.policies):
+        raise ValueError(left_out[0])
+    for found in replays.values():
+        found.keep(policies)
+    counted = replays[headline]
     results = {
         "workload": args.workload, "protocol": args.protocol, "split": args.split, "load": args.load,
-        "jobs": int((workload.segments[:, 1] - workload.segments[:, 0]).sum()), "counted_jobs": len(waits),
-        **statistics(per_block, args.seed), "tails": tails,
+        "jobs": int((counted.workload.segments[:, 1] - counted.workload.segments[:, 0]).sum()),
+        "counted_jobs": counted.counted_jobs,
+        **statistics(counted.per_block, args.seed), "tails": {name: tail(counted.waits(name)) for name in policies},
+        "left_out": list(dict.fromkeys(left_out)),
     }  # fmt: skip
+    if args.report:
+        write_report(args, results, replays, policies)
     return results, comparison_table(results)
 
 
-def named_policies(names: Sequence[str]) -> dict[str, Policy]:
-    """The policies under the names that results use; an argument given twice counts once."""
+def named_policies(names: Sequence[str]) -> tuple[dict[str, Policy], list[str]]:
+    """The policies under the names that results use, and what is wrong with those that are there but cannot be used;
+    an argument given twice counts once.
+
+    Raises:
+        ValueError: no policy can be used, or a name is of no rule, file or folder.
+    """
     arguments = dict.fromkeys(rule for name in names for rule in (RULES if name == "all" else [name]))
     if not arguments:
         raise ValueError("--policies: none given; name some, such as: fifo easy-fifo")
-    policies = {argument: load_policy(argument) for argument in arguments}
+    policies, left_out = {}, []
+    for argument in arguments:
+        try:
+            policies[argument] = load_policy(argument)
+        except PolicyError as error:
+            if not Path(argument).exists() or len(arguments) == 1:  # a slip of the pen stops before anything is run
+                raise
+            left_out.append(str(error))
     own = [policy.name for policy in policies.values()]
-    return {p.name if own.count(p.name) == 1 else argument: p for argument, p in policies.items()}
+    return {p.name if own.count(p.name) == 1 else argument: p for argument, p in policies.items()}, left_out
+
+
+# ------------------------------------------------------------------------------------------------------- the replays
+class Scenario(NamedTuple):
+    """How the jobs are replayed."""
+
+    protocol: str
+    load: float
+
+
+@dataclass
+class Replays:
+    """The same jobs under several policies; only some blocks of each segment's jobs are counted."""
+
+    workload: Workload
+    cuts: list[list[slice]]
+    schedules: dict[str, list[Schedule]] = field(default_factory=dict)
+    per_block: dict[str, np.ndarray] = field(default_factory=dict)  # float64[B, len(METRICS)]
+
+    def add(self, name: str, start_time: np.ndarray, node: np.ndarray) -> None:
+        """A policy's float64[N] and int[N] for the jobs of all segments, one after the other."""
+        schedules, jobs, done = [], self.workload.jobs, 0
+        for first, last in self.workload.segments:
+            own = slice(done, done := done + last - first)
+            schedules.append(Schedule(jobs[first:last], self.workload.cluster, start_time[own], node[own]))
+        self.schedules[name] = schedules
+        self.per_block[name] = np.array([block_metrics(*pair) for pair in self.blocks(name)])
+
+    def keep(self, names: Iterable[str]) -> None:
+        """These policies, in this order."""
+        self.schedules = {name: self.schedules[name] for name in names}
+        self.per_block = {name: self.per_block[name] for name in names}
+
+    def blocks(self, name: str) -> list[tuple[Schedule, slice]]:
+        return [
+            (schedule, block) for schedule, own in zip(self.schedules[name], self.cuts, strict=True) for block in own
+        ]
+
+    def waits(self, name: str) -> np.ndarray:
+        """float64[counted jobs], block after block."""
+        return np.concatenate([schedule.wait[block] for schedule, block in self.blocks(name)])
+
+    @property
+    def counted_jobs(self) -> int:
+        return int(sum(block.stop - block.start for own in self.cuts for block in own))
+
+
+def cuts(args: Compare, scenario: Scenario, workload: Workload) -> list[list[slice]]:
+    """A window is a block; a continuous replay is cut into some, none of which straddles two runs."""
+    windows = scenario.protocol == "windows"
+    blocks, warmup = (1, 0.0) if windows else (max(1, args.blocks // len(workload.segments)), WARMUP)
+    return [cut(last - first, blocks, warmup) for first, last in workload.segments]
+
+
+def check_folder(folder: Path) -> None:
+    """Make it, if need be, and see that it can be written to, before anything is run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--report {folder}: {error.strerror}; give a folder that can be written to") from None
+
+
+def other_scenarios(args: Compare, headline: Scenario) -> dict[Scenario, Workload]:
+    """What a report replays beside the headline: both protocols and the sweep over loads."""
+    scenarios = dict.fromkeys(Scenario("continuous", load) for load in sorted({args.load, *args.loads}))
+    try:
+        held_out(replace(args, protocol="windows"))
+        scenarios[Scenario("windows", args.load)] = None
+    except ValueError:  # too few jobs for a window: the report says so
+        pass
+    return {s: held_out(replace(args, protocol=s.protocol, load=s.load)) for s in scenarios if s != headline}
+
+
+def replay_all(
+    workloads: dict[Scenario, Workload], policies: dict[str, Policy], folder: Path | None, workers: int
+) -> Iterator[tuple[Scenario, str, tuple[np.ndarray, np.ndarray] | str]]:
+    """What `replay` returns for every policy in every scenario, as it comes in, with a progress bar."""
+    if folder:
+        folder.mkdir(exist_ok=True)
+    tasks = [(scenario, name) for scenario in workloads for name in policies]
+    arguments = [str(p.path) if isinstance(p := policies[name], OnnxPolicy) else p.name for _, name in tasks]
+    code = [Path(__file__).with_name(f"{module}.py").read_bytes() for module in ("scheduler_env", "policies")]
+    jobs = {scenario: workload_digest(workload) for scenario, workload in workloads.items()}
+    files = [
+        folder and folder / f"{digest(*code, jobs[scenario].encode(), policy_bytes(policies[name]))[:24]}.npz"
+        for scenario, name in tasks
+    ]
+    with ExitStack() as stack:
+        run: Callable[..., Iterable[Any]] = map
+        if workers > 1:
+            # Spawned: neither onnxruntime nor Numba survives a fork. Ctrl-C is the parent's: what runs is kept.
+            ignore = (signal.SIGINT, signal.SIG_IGN)
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            run = pool.map
+        found = run(replay, arguments, [workloads[scenario] for scenario, _ in tasks], files)
+        for (scenario, name), result in replaying(zip(tasks, found, strict=True), len(tasks)):
+            yield scenario, name, result
+
+
+def replay(argument: str, workload: Workload, file: Path | None) -> tuple[np.ndarray, np.ndarray] | str:
+    """Start times and nodes of the jobs of all segments, from the file or else into it; or what is wrong."""
+    if file and file.exists():
+        try:
+            with np.load(file) as found:
+                return found["start_time"], found["node"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # damaged: replay again
+            pass
+    try:
+        schedules = load_policy(argument).schedule(workload)
+    except PolicyError as error:
+        return str(error)
+    start_time = np.concatenate([schedule.start_time for schedule in schedules])
+    node = np.concatenate([schedule.node for schedule in schedules])
+    if file:
+        with replacing(file) as temporary, open(temporary, "wb") as stream:
+            np.savez_compressed(stream, start_time=start_time, node=node)
+    return start_time, node
+
+
+def digest(*parts: bytes) -> str:
+    """SHA-256 of the parts."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def workload_digest(workload: Workload) -> str:
+    arrays = [getattr(workload.jobs, column.name) for column in fields(workload.jobs)]
+    arrays += [workload.segments, workload.cluster.capacity, workload.cluster.speed]
+    return digest(*(np.ascontiguousarray(array).tobytes() for array in arrays))
+
+
+def policy_bytes(policy: Policy) -> bytes:
+    return policy.path.read_bytes() if isinstance(policy, OnnxPolicy) else policy.name.encode()
+
+
+# ----------------------------------------------------------------------------------------------------- the statistics
+def tail(waits: np.ndarray) -> dict[str, float]:
+    return {"wait_p99": float(np.percentile(waits, 99)), "wait_max": float(waits.max())}
 
 
 def statistics(per_block: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
@@ -279,6 +475,436 @@ def plus_minus(figure: dict[str, Any], form: str, between: str, unit: str = "") 
     low, high = figure["ci95"]
     margin = "" if low is None else f"{between}{(high - low) / 2:{form.lstrip('+')}}"
     return f"{figure['mean']:{form}}{margin}{unit}"
+
+
+# ------------------------------------------------------------------------------------------------ the lower bound
+@numba.njit(cache=True)
+def pooled(release, work, weight, shortest):  # type: ignore[no-untyped-def]
+    """One machine that may leave any job and come back works off float64[N] seconds of work released in this order.
+
+    It serves the job with the least work left (shortest: minimises the sum of ends, Schrage 1968), or with the least
+    work per weight (minimises the weighted sum of the mean instants of service, Goemans 1996).
+
+    Returns:
+        float64[N], float64[N], int64[N]: each job's end, mean instant of service, and busy period (numbered).
+    """
+    left, end, middle, period = work.copy(), np.zeros_like(work), np.zeros_like(work), np.zeros(len(work), np.int64)
+    queue = [(0.0, 0)][:0]
+    now, arrived, busy_period = release[0], 0, 0
+    while arrived < len(release) or queue:
+        if not queue and release[arrived] > now:
+            now, busy_period = release[arrived], busy_period + 1
+        while arrived < len(release) and release[arrived] <= now:
+            key = work[arrived] if shortest else work[arrived] / weight[arrived]
+            heapq.heappush(queue, (key, arrived))
+            arrived += 1
+        until = release[arrived] if arrived < len(release) else np.inf
+        key, j = heapq.heappop(queue)
+        period[j] = busy_period
+        served = min(left[j], until - now)
+        middle[j] += (now + served / 2) * served / work[j]
+        if now + left[j] <= until:
+            now += left[j]
+            end[j] = now
+        else:
+            now, left[j] = until, left[j] - served
+            heapq.heappush(queue, (left[j] if shortest else key, j))
+    return end, middle, period
+
+
+def lower_bound(jobs: Jobs, cluster: Cluster, objective: str) -> float:
+    """A mean of the objective over the jobs that no schedule can go below, whatever else the cluster runs.
+
+    Each job is taken for a heap of work (demand x time) in one resource, and the nodes for one machine that does as
+    much in a second as all of them, on a single job if need be, and may interrupt it. It could do whatever the nodes
+    do, so its least sum of ends bounds the real one. So does its least weighted sum of mean instants of service: a job
+    on a node starts half its time before that instant (tighter, where jobs are small beside the machine). What is true
+    of all jobs is true of some, so busy periods are bounded one by one; the best resource counts.
+    """
+    fits = (jobs.demand[:, None] <= cluster.capacity + 1e-9).all(2)
+    time = jobs.run_time / np.where(fits, cluster.speed, 0).max(1)  # no job takes less: its fastest node
+    bounded = np.maximum(jobs.run_time, SLOWDOWN_BOUND)
+    one, zero = np.ones(len(jobs)), np.zeros(len(jobs))
+    # A job costs at least `least`, and at least constant + weight * wait. (A slowdown need not grow from the first
+    # second of waiting on; such jobs count as a constant or with their wait, whatever gives more.)
+    least = {"latency": time, "wait": zero, "slowdown": np.maximum(1.0, time / bounded)}[objective]
+    costs = [{"latency": (time, one), "wait": (zero, one), "slowdown": (time / bounded, 1 / bounded)}[objective]]
+    if objective == "slowdown":
+        costs.append((least, np.where(time < bounded, 0.0, 1 / bounded)))
+    # Cut short to what they take on their fastest nodes, jobs start when they did and fit in all nodes' capacity. As
+    # they are, they end when they did and take no more than the nodes' speeds allow, which says nothing of their waits.
+    works = [jobs.demand * time[:, None] / cluster.capacity.sum(0)]
+    if objective != "wait":
+        works.append(jobs.demand * jobs.run_time[:, None] / (cluster.speed @ cluster.capacity))
+    best = 0.0
+    for work in (column for table in works for column in table.T):
+        for constant, weight in costs:
+            own = (work > 0) & (weight > 0)
+            if not own.any():
+                continue
+            release, heap, per_wait, half = jobs.submit_time[own], work[own], weight[own], time[own] / 2
+            _, middle, period = pooled(release, heap, per_wait, False)
+            gain = np.bincount(period, per_wait * (middle - release - half) + (constant - least)[own])
+            if objective != "slowdown":  # whose jobs have weights: no such machine is known to be best
+                end, _, period = pooled(release, heap, per_wait, True)
+                gain = np.maximum(gain, np.bincount(period, end - release - 2 * half))
+            best = max(best, float(np.maximum(gain, 0).sum()))
+    return float((least.sum() + best) / len(jobs))
+
+
+# ------------------------------------------------------------------------------------- what the report says beside it
+BASELINES = ("fifo", "easy-fifo")  # a report always has them
+COST = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # the metric that an objective minimises
+STARVING_P99, STARVING_MAX = 1.2, 2.0  # so many times EASY-FIFO's wait, and a policy is said to starve somebody
+QUANTILE_RESAMPLES = 1_000
+
+
+def write_report(
+    args: Compare, results: dict[str, Any], replays: dict[Scenario, Replays], policies: dict[str, Policy]
+) -> None:
+    """Add to the results what only a report needs, and write the report's folder."""
+    import report  # matplotlib and jinja2 take a second to import, which only a report is worth
+
+    headline, metric = replays[Scenario(args.protocol, args.load)], COST[args.objective]
+    rules = [name for name, policy in policies.items() if not isinstance(policy, OnnxPolicy)]
+    best_rule = min(rules, key=lambda rule: results["policies"][rule][metric]["mean"])
+    results |= {
+        "objective": args.objective, "best_rule": best_rule,
+        "trained": {n: trained(p) for n, p in policies.items() if isinstance(p, OnnxPolicy)},
+        "quantiles": {name: quantiles(headline, name, args.seed) for name in policies},
+        "against": {rule: against(headline.per_block, rule, args.seed) for rule in dict.fromkeys(("fifo", best_rule))},
+        "bound": bound_figures(headline, args.objective, results),
+        "fairness": {name: fairness(headline, name) for name in policies},
+        "protocols": protocols(args, replays), "loads": by_load(args, replays),
+        "seeds": training_seeds(headline, best_rule, metric, args.seed), "made": made(args, headline.workload),
+    }  # fmt: skip
+    shown = shown_policies(results, metric)
+    results["plots"] = {
+        "waits": wait_distribution(headline, shown), "time": over_time(headline, shown),
+        "classes": by_size(headline, shown),
+        "attention": {n: attention(p, headline.workload) for n, p in policies.items() if n in shown and looks(p)},
+        "learning": {n: report.learning_curve(p.path.parent) for n, p in policies.items() if n in results["trained"]},
+    }  # fmt: skip
+    windows = replays.get(Scenario("windows", args.load))
+    episode = None
+    if windows:  # a typical one
+        order = np.argsort(windows.per_block["fifo"][:, METRICS.index("wait")], kind="stable")
+        typical = order[len(order) // 2]
+        drawn = list(dict.fromkeys(["fifo", *(name for name in shown if name in results["trained"]), best_rule]))[:3]
+        episode = {name: windows.schedules[name][typical] for name in drawn}
+    write_episodes(args.report / "episodes.csv", replays, args.objective)
+    results["notes"] = [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
+    report.write(args.report, results, shown, episode)
+    write_json(args.report / "results.json", results)
+
+
+def trained(policy: OnnxPolicy) -> dict[str, Any]:
+    names = ("algorithm", "workload", "objective", "reference", "rule", "steps", "seed")
+    return {name: getattr(policy.metadata, name) for name in names} | {"file": str(policy.path)}
+
+
+def looks(policy: Policy) -> bool:
+    """Whether there is a network to ask (some files stand for a rule)."""
+    return isinstance(policy, OnnxPolicy) and policy.metadata.rule is None
+
+
+def shown_policies(results: dict[str, Any], metric: str) -> list[str]:
+    """Eight lines are as many as a plot can hold: the baselines, the trained ones and the best of the rest."""
+    cost = {name: found[metric]["mean"] for name, found in results["policies"].items()}
+    wanted = [*BASELINES, results["best_rule"], *results["trained"], *sorted(cost, key=cost.__getitem__)]
+    shown = list(dict.fromkeys(wanted))[:8]
+    return [name for name in cost if name in shown]
+
+
+def quantiles(replays: Replays, name: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Of single jobs: medians, and the tail of the wait, with block-bootstrap intervals."""
+    block = np.repeat(np.arange(len(blocks := replays.blocks(name))), [b.stop - b.start for _, b in blocks])
+    weights = bootstrap_weights(len(blocks), seed)[:QUANTILE_RESAMPLES]
+    found: dict[str, dict[str, Any]] = {}
+    for metric, levels in (("latency", [0.5]), ("wait", [0.5, 0.95, 0.99]), ("bounded_slowdown", [0.5])):
+        values = np.concatenate([getattr(schedule, metric)[b] for schedule, b in blocks])
+        resamples = quantile_resamples(values, block, weights, levels)
+        found[metric] = {
+            f"p{level * 100:.0f}": {"value": value, "ci95": interval(resamples[:, q], len(blocks))}
+            for q, (level, value) in enumerate(zip(levels, np.quantile(values, levels).tolist(), strict=True))
+        }
+    found["wait"]["max"] = {"value": float(replays.waits(name).max()), "ci95": [None, None]}
+    return found
+
+
+def quantile_resamples(values: np.ndarray, block: np.ndarray, weights: np.ndarray, levels: list[float]) -> np.ndarray:
+    """float64[resamples, levels]: quantiles of float64[N] where int[N] blocks count as often as weights[resamples, B]
+    say."""
+    order = np.argsort(values)
+    values, block = values[order], block[order]
+    found = np.empty((len(weights), len(levels)))
+    for resample, weight in enumerate(weights):
+        share = np.cumsum(weight[block])
+        found[resample] = values[
+            np.minimum(np.searchsorted(share, np.array(levels) * share[-1] - 1e-9), len(values) - 1)
+        ]
+    return found
+
+
+def against(per_block: dict[str, np.ndarray], rule: str, seed: int) -> dict[str, dict[str, Any]]:
+    """What each policy's metrics differ from the rule's, in percent, and how likely it has the lower one in a block."""
+    weights = bootstrap_weights(len(per_block[rule]), seed)
+    return {
+        name: {
+            metric: difference(values[:, m], per_block[rule][:, m], weights)
+            | {"improvement": improvement(values[:, m], per_block[rule][:, m], weights)}
+            for m, metric in enumerate(METRICS)
+        }
+        for name, values in per_block.items()
+    }
+
+
+def improvement(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """The probability that a block has a lower value than in `first`, float64[B] both; equal ones count one half
+    (Agarwal et al. 2021, on paired blocks)."""
+    return summary((values < first) + 0.5 * (values == first), weights)
+
+
+def bound_figures(replays: Replays, objective: str, results: dict[str, Any]) -> dict[str, Any]:
+    """The lower bound on the mean over all counted jobs, run by run, and the share of the way from FIFO to it that each
+    policy goes."""
+    total = jobs = 0.0
+    for (first, last), own in zip(replays.workload.segments, replays.cuts, strict=True):
+        counted = replays.workload.jobs[first:last][slice(own[0].start, own[-1].stop)]
+        total += len(counted) * lower_bound(counted, replays.workload.cluster, objective)
+        jobs += len(counted)
+    bound, cost = total / jobs, {name: p[COST[objective]]["mean"] for name, p in results["policies"].items()}
+    way = cost["fifo"] - bound
+    return {"mean": bound, "closed": {n: (cost["fifo"] - c) / way if way > 0 else None for n, c in cost.items()}}
+
+
+def fairness(replays: Replays, name: str) -> dict[str, Any]:
+    """Who pays: the tail of the wait, the share of jobs that wait longer than under FIFO, and whether some starve."""
+    wait, fifo, easy = (replays.waits(policy) for policy in (name, *BASELINES))
+    found = {
+        "wait_p99": float(np.percentile(wait, 99)), "wait_max": float(wait.max()),
+        "longer_than_fifo": float((wait > fifo + 1e-6).mean()), "beyond_easy_fifo_max": int((wait > easy.max()).sum()),
+    }  # fmt: skip
+    p99 = float(np.percentile(easy, 99))
+    starves = found["wait_p99"] > STARVING_P99 * p99 or found["wait_max"] > STARVING_MAX * easy.max()
+    return found | {"starves": bool(starves and name not in BASELINES)}
+
+
+def protocols(args: Compare, replays: dict[Scenario, Replays]) -> dict[str, Any]:
+    """The cost under both protocols, and what changes sides against EASY-FIFO between them."""
+    metric, found = COST[args.objective], {}
+    for protocol in ("continuous", "windows"):
+        if own := replays.get(Scenario(protocol, args.load)):
+            column = {name: values[:, METRICS.index(metric)] for name, values in own.per_block.items()}
+            weights = bootstrap_weights(len(column["fifo"]), args.seed)
+            figures = {
+                name: summary(values, weights)
+                | {"to_easy_fifo": against_easy_fifo(values, column["easy-fifo"], weights)}
+                for name, values in column.items()
+            }
+            best = min(figures, key=lambda name: figures[name]["mean"])
+            found[protocol] = {
+                "policies": figures,
+                "best": best,
+                "jobs": own.counted_jobs,
+                "blocks": len(column["fifo"]),
+            }
+    if len(found) == 2:
+        here, there = (found[protocol]["policies"] for protocol in ("continuous", "windows"))
+        sides = {name: here[name]["to_easy_fifo"]["side"] * there[name]["to_easy_fifo"]["side"] for name in here}
+        found["change_sides"] = [name for name, product in sides.items() if product < 0]
+    return found
+
+
+def against_easy_fifo(values: np.ndarray, easy_fifo: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """The difference in percent; side: -1 or 1 where its whole interval is below or above zero."""
+    figure = difference(values, easy_fifo, weights)
+    low, high = figure["ci95"]
+    return figure | {"side": 0 if low is None else int(low > 0) - int(high < 0)}
+
+
+def by_load(args: Compare, replays: dict[Scenario, Replays]) -> list[dict[str, Any]]:
+    """Mean waits at each load, continuous operation."""
+    found = []
+    for scenario in sorted(s for s in replays if s.protocol == "continuous"):
+        own = replays[scenario]
+        jobs, cluster = own.workload.jobs, own.workload.cluster
+        offered = np.mean([offered_load(jobs[first:last], cluster) for first, last in own.workload.segments])
+        waits = {name: values[:, METRICS.index("wait")] for name, values in own.per_block.items()}
+        weights = bootstrap_weights(len(waits["fifo"]), args.seed)
+        policies = {
+            name: {"wait": summary(wait, weights), "to_easy_fifo": against_easy_fifo(wait, waits["easy-fifo"], weights)}
+            for name, wait in waits.items()
+        }
+        found.append({"factor": scenario.load, "offered_load": float(offered), "policies": policies})
+    return found
+
+
+def training_seeds(replays: Replays, best_rule: str, metric: str, seed: int) -> dict[str, Any]:
+    """Runs that differ only in seed and time, taken together with rliable (Agarwal et al. 2021): the tasks are the
+    blocks, a score is the best rule's cost over the policy's (above 1: better than the rule). Empty: there are none."""
+    groups: dict[str, list[str]] = {}
+    for name in replays.per_block:
+        if run := re.fullmatch(r"(.+)__\d+__\d+/policy\.onnx", name):
+            groups.setdefault(run[1], []).append(name)
+    groups = {group: names for group, names in groups.items() if len(names) > 1}
+    if not groups:
+        return {}
+    from rliable import library, metrics  # imports pandas and statsmodels
+
+    column, one = METRICS.index(metric), 1.0 * (metric == "wait")  # a second more, where nobody may have waited
+    cost = {name: values[:, column] + one for name, values in replays.per_block.items()}
+    scores = {group: np.stack([cost[best_rule] / cost[name] for name in names]) for group, names in groups.items()}
+    scores |= {rule: (cost[best_rule] / cost[rule])[None] for rule in BASELINES if rule != best_rule}
+    np.random.seed(seed)  # noqa: NPY002 (what rliable draws from)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # arch announces its next version
+        iqm, ci95 = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=2_000)
+        levels = np.linspace(0, 2, 81)
+        profile, band = library.create_performance_profile(scores, levels, reps=1_000)
+    figures = {
+        group: {
+            "runs": groups.get(group, [group]), "iqm": float(iqm[group][0]), "ci95": ci95[group][:, 0].tolist(),
+            "improvement": float(metrics.probability_of_improvement(own, np.ones((1, own.shape[1])))),
+            "means": [float(cost[name].mean() - one) for name in groups.get(group, [group])],
+            "profile": profile[group].tolist(), "band": band[group].tolist(),
+        }
+        for group, own in scores.items()
+    }  # fmt: skip
+    return {"levels": levels.tolist(), "groups": figures}
+
+
+def wait_distribution(replays: Replays, names: list[str]) -> dict[str, Any]:
+    """The share of jobs that wait longer than so many seconds."""
+    waits = {name: np.sort(replays.waits(name)) for name in names}
+    longest = max(wait[-1] for wait in waits.values())
+    at = np.geomspace(1, max(longest, 10), 160)
+    share = {name: 1 - np.searchsorted(wait, at, side="right") / len(wait) for name, wait in waits.items()}
+    return {"seconds": at.tolist(), "share": {name: values.tolist() for name, values in share.items()}}
+
+
+def over_time(replays: Replays, names: list[str], bins: int = 150) -> dict[str, Any]:
+    """Mean queue length and utilization in equal parts of the first run, from its first submission to its last."""
+    submit = replays.schedules[names[0]][0].jobs.submit_time
+    edges = np.linspace(submit[0], max(submit[-1], submit[0] + 1), bins + 1)
+    middle = (edges[1:] + edges[:-1]) / 2
+    found: dict[str, Any] = {"hours": ((middle - submit[0]) / 3600).tolist(), "queue": {}, "utilization": {}}
+    for name in names:
+        [schedule, *_] = replays.schedules[name]
+        share = (schedule.jobs.demand / schedule.cluster.capacity.sum(0)).mean(1)
+        start, end = schedule.start_time, schedule.start_time + schedule.service_time
+        for key, begin, until, weight in (
+            ("queue", submit, start, np.ones(len(submit))), ("utilization", start, end, share)
+        ):  # fmt: skip
+            area = np.diff(elapsed(begin, weight, edges) - elapsed(until, weight, edges))
+            found[key][name] = (area / np.diff(edges)).tolist()
+    return found
+
+
+def elapsed(times: np.ndarray, weight: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """float64[len(at)]: the sum over i of weight[i] * max(0, at - times[i])."""
+    order = np.argsort(times)
+    total, moment = (np.concatenate([[0.0], np.cumsum(x[order])]) for x in (weight, weight * times))
+    count = np.searchsorted(times[order], at)
+    return total[count] * at - moment[count]
+
+
+def by_size(replays: Replays, names: list[str]) -> dict[str, Any]:
+    """The mean wait of up to five classes of jobs by size."""
+    jobs = Jobs.concatenate([schedule.jobs[block] for schedule, block in replays.blocks(names[0])])
+    size = job_size(jobs, replays.workload.cluster)
+    limits = np.unique(np.quantile(size, [0.3, 0.6, 0.85, 0.97, 1.0], method="higher"))
+    number = np.searchsorted(limits, size)
+    unit = replays.workload.cluster.resources[0]
+    labels = [f"{size[number == k].min():.4g}–{limit:.4g}" for k, limit in enumerate(limits)]
+    return {
+        "unit": unit if len(replays.workload.cluster.resources) == 1 else f"dominant share in {unit}",
+        "labels": [label if len(set(ends := label.split("–"))) > 1 else ends[0] for label in labels],
+        "jobs": np.bincount(number).tolist(),
+        "wait": {n: (np.bincount(number, replays.waits(n)) / np.bincount(number)).tolist() for n in names},
+    }
+
+
+ATTENTION_DECISIONS, ATTENTION_BINS = 3_000, 12
+DECODED = {  # features of a job -> what they tell, in seconds or processors; see scheduler_env.job_row
+    "requested": lambda x: np.expm1(12 * x), "size": lambda x: np.exp2(10 * x) - 1, "waited": lambda x: np.expm1(12 * x)
+}  # fmt: skip
+
+
+def attention(policy: OnnxPolicy, workload: Workload) -> dict[str, Any]:
+    """How the score of a job, beside the others in the queue, goes with what it asks for and how long it has waited.
+
+    Means and quartiles over equally full bins, of the first decisions of the replay; a job's score is the logit of its
+    best node minus the mean of this over the jobs that could be chosen.
+    """
+    length = int((workload.segments[:, 1] - workload.segments[:, 0]).min())
+    count = min(8, len(workload.segments))
+    envs = policy.environments(workload, count, length)
+    observations, _ = envs.reset(seed=0, options={"first": workload.segments[:count, 0]})
+    seen: list[np.ndarray] = []
+    for _ in range(ATTENTION_DECISIONS // count):
+        parts = envs.split(observations)
+        logits = policy.choices(parts)
+        legal = parts.mask[:, :-1].reshape(count, parts.jobs.shape[1], -1) > 0
+        score = np.where(legal, logits[:, :-1].reshape(legal.shape), -np.inf).max(2)
+        for e in np.flatnonzero(legal.any(2).sum(1) > 1):
+            jobs = np.flatnonzero(legal[e].any(1))
+            columns = [decode(parts.jobs[e, jobs, JOB_FEATURES.index(name)]) for name, decode in DECODED.items()]
+            seen.append(np.column_stack([*columns, score[e, jobs] - score[e, jobs].mean()]))
+        observations = envs.step(logits.argmax(1))[0]
+    envs.close()
+    rows = np.concatenate(seen) if seen else np.zeros((0, len(DECODED) + 1))
+    return {name: binned(rows[:, column], rows[:, -1]) for column, name in enumerate(DECODED)} if seen else {}
+
+
+def binned(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
+    """Mean x, and mean and quartiles of y, in about equally full bins of x."""
+    number = np.searchsorted(np.unique(np.quantile(x, np.linspace(0, 1, ATTENTION_BINS + 1)[1:-1])), x)
+    groups = [number == k for k in np.unique(number)]
+    quartiles = np.array([np.quantile(y[own], [0.25, 0.75]) for own in groups])
+    means = {key: [float(values[own].mean()) for own in groups] for key, values in (("x", x), ("mean", y))}
+    return means | {"low": quartiles[:, 0].tolist(), "high": quartiles[:, 1].tolist()}
+
+
+PACKAGES = ("numpy", "numba", "gymnasium", "onnxruntime", "matplotlib")
+
+
+def made(args: Compare, workload: Workload) -> dict[str, Any]:
+    """What somebody needs to get the same figures."""
+    path, folder = Path(args.workload), Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit + " with uncommitted changes" * bool(changed) or "not a git checkout",
+        "trace_sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+        "jobs_sha256": workload_digest(workload),
+        "seed": args.seed, "resamples": RESAMPLES, "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}",
+    }  # fmt: skip
+
+
+def write_episodes(path: Path, replays: dict[Scenario, Replays], objective: str) -> None:
+    """A row for each policy and episode: a window, or a block of a continuous replay; and the lower bound on each."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        head = ("protocol", "load", "policy", "run", "first_job", "jobs", *METRICS)
+        writer.writerow([*head, "wait_p50", "wait_p95", "wait_p99", "wait_max", f"{objective}_bound"])
+        for scenario, own in replays.items():
+            bounds = None
+            for name in own.schedules:
+                rows = zip(own.blocks(name), own.per_block[name], strict=True)
+                runs = np.repeat(np.arange(len(own.cuts)), [len(blocks) for blocks in own.cuts])
+                pairs = own.blocks(name)
+                bounds = bounds or [lower_bound(s.jobs[b], s.cluster, objective) for s, b in pairs]
+                for run, bound, ((schedule, block), metrics) in zip(runs, bounds, rows, strict=True):
+                    wait = schedule.wait[block]
+                    tail = [*np.percentile(wait, [50, 95, 99]), wait.max(), bound]
+                    jobs = (schedule.jobs.job_id[block.start], len(wait))
+                    figures = [f"{figure:.9g}" for figure in (*metrics, *tail)]
+                    writer.writerow([scenario.protocol, scenario.load, name, run, *jobs, *figures])
 
 
 # --------------------------------------------------------------------------------------- RLScheduler's published table
@@ -351,7 +977,7 @@ def rlscheduler(args: RLScheduler) -> tuple[dict[str, Any], Table]:
     reference = read_reference(args.reference)
     published = reference["published"]
     rows: dict[str, list[dict[str, Any]]] = {"bsld": [], "utilization": []}
-    for name in replaying(reference["traces"]):
+    for name in replaying(reference["traces"], len(reference["traces"])):
         workload = rlscheduler_workload(args.traces, name, reference["traces"][name])
         for backfill in (False, True):
             for column, rule in enumerate(published["order"]):
@@ -482,10 +1108,10 @@ def environment_memory(workload: Workload) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- main
-def replaying(names: Iterable[str]) -> Iterable[str]:
-    """The names, with a progress bar beside the output; a log gets none."""
+def replaying(items: Iterable[T], total: int) -> Iterable[T]:
+    """The items, with a progress bar beside the output; a log gets none."""
     bar = Console(stderr=True)
-    return track(list(names), "Replaying", console=bar, transient=True, disable=not bar.is_terminal)
+    return track(items, "Replaying", total, console=bar, transient=True, disable=not bar.is_terminal)
 
 
 def main() -> None:
@@ -500,8 +1126,19 @@ def main() -> None:
     except (ValueError, OSError) as error:  # also WorkloadError and PolicyError
         print(f"benchmark.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "benchmark.py: interrupted; with --report the same command goes on where this one stopped", file=sys.stderr
+        )
+        sys.exit(130)
     table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False
     Console(width=1000).print(table)  # as wide as its figures: a narrow terminal may wrap a line, but nothing is cut
+    for line in results.get("notes", []):
+        print(f"benchmark.py: {line}", file=sys.stderr)
+    for line in (left_out := results.get("left_out", [])):
+        print(f"benchmark.py: left out: {line}", file=sys.stderr)
+    if left_out:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
