@@ -1127,9 +1127,7 @@ def main() -> None:
         print(f"benchmark.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "benchmark.py: interrupted; with --report the same command goes on where this one stopped", file=sys.stderr
-        )
+        print("benchmark.py: interrupted; with --report, the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
     table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False
     Console(width=1000).print(table)  # as wide as its figures: a narrow terminal may wrap a line, but nothing is cut
