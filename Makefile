@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 TRAIN ?= --total-timesteps 400000
 
-.PHONY: setup setup-dev train test lint format docs
+.PHONY: setup setup-dev train test lint format docs speed
 
 setup: .venv/setup
 setup-dev: .venv/setup-dev
@@ -33,6 +33,11 @@ format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The README's picture.
+# The pictures, and the numbers of the lines that the docs quote.
 docs: setup
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/lines.py
+
+# docs/speed.json and its plot; needs a quiet machine for ten minutes.
+speed: setup-dev
+	$(BIN)/python benchmark.py speed --output docs/speed.json

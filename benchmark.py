@@ -16,7 +16,6 @@ import hashlib
 import heapq
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -54,12 +53,10 @@ from scheduler_env import (
     UNICEP_RLSCHEDULER,
     Rule,
     Schedule,
-    SchedulerVectorEnv,
     job_size,
     parse_rule,
     simulate,
 )
-from sweep import Sweep, sweep
 from workloads import (
     Cluster,
     Jobs,
@@ -132,14 +129,40 @@ class RLScheduler:
 
 @dataclass
 class Speed:
-    """Measure the simulator and the environment on this machine."""
+    """Measure how fast the simulator, the environments and the learners are on this machine."""
 
     workload: str = "hpc"
     """a preset or the path of an SWF trace"""
     repetitions: int = 5
     """the median of so many counts"""
+    seconds: float = 1.0
+    """how long a count goes on at least; a learner's is four iterations"""
+    num_envs: int = 128
+    """environments of the learners, Stable-Baselines3's too"""
+    num_steps: int = 128
+    """decisions in each of them before an update of PPO, Stable-Baselines3's too"""
+    cuda: bool = False
+    """the learners' networks on a GPU"""
     output: Path | None = None
-    """where to write the figures as JSON"""
+    """where to write the figures as JSON; the plots go beside it"""
+
+
+@dataclass
+class Sweep:
+    """Search hyper-parameters on this machine, as a W&B sweep's file describes it."""
+
+    file: tyro.conf.Positional[Path]
+    """the description: sweeps/ppo.yaml, sweeps/dqn.yaml or one of your own"""
+    trials: int = 20
+    """how many trials the study has in the end, those of earlier calls included"""
+    workers: int = 1
+    """how many run at a time"""
+    journal: Path | None = None
+    """the study; a further call with the same one goes on (default: runs/sweep-NAME.journal)"""
+    seed: int = 1
+    """of the sampler"""
+    output: Path | None = None
+    """where to write the trials as JSON"""
 
 
 # ------------------------------------------------------------------------------------------------------ the jobs
@@ -1024,87 +1047,17 @@ def published_table(rows: dict[str, list[dict[str, Any]]]) -> Table:
     return table
 
 
-# ------------------------------------------------------------------------------------------------------------- speed
-SPEED_RULES = ("easy-fifo", "easy-sjf", "easy-wfp3+sjf")
-ENVIRONMENTS, EPISODE_JOBS, STEPS = 256, 1024, 200
-
-
+# --------------------------------------------------------------------- what needs PyTorch, unlike all of the above
 def speed(args: Speed) -> tuple[dict[str, Any], Table]:
-    """Medians on this machine. Compiling and loading are not counted; observations are."""
-    if args.repetitions < 1:
-        raise ValueError(f"--repetitions {args.repetitions}: give at least 1")
-    workload = load_workload(args.workload, "all")
-    workload.report_skipped()
-    memory = environment_memory(workload)  # first, while nothing that was freed can be used again
-    rules = {rule: median(args, lambda rule=rule: simulator_speed(workload, rule)) for rule in SPEED_RULES}
-    environments = {reward: median(args, vector_env_speed(workload, reward)) for reward in ("cost", "improvement")}
-    results = {
-        "workload": args.workload,
-        "simulator_decisions_per_second": min(rules.values()),
-        "simulator_decisions_per_second_by_rule": rules,
-        "vector_env_steps_per_second": environments["cost"],
-        "vector_env_steps_per_second_improvement": environments["improvement"],
-        "memory_256_environments_mb": memory,
-    }
-    title = f"Speed on {args.workload}, {len(workload.jobs):,} jobs; medians of {args.repetitions}"
-    table = Table(title=title)
-    table.add_column("what")
-    table.add_column("figure", justify="right")
-    for rule, figure in rules.items():
-        table.add_row(f"simulator, one thread, {rule}: decisions/s", f"{figure:,.0f}")
-    for reward, figure in environments.items():
-        table.add_row(f"{ENVIRONMENTS} environments, random actions, reward {reward}: steps/s", f"{figure:,.0f}")
-    table.add_row(f"{ENVIRONMENTS} environments of {EPISODE_JOBS:,} jobs: MB", f"{memory:,.0f}")
-    return results, table
+    from speed import measure
+
+    return measure(args)
 
 
-def median(args: Speed, measure: Callable[[], float]) -> float:
-    measure()  # burn in: compiles, fills caches
-    return float(np.median([measure() for _ in range(args.repetitions)]))
+def sweep(args: Sweep) -> tuple[dict[str, Any], Table]:
+    from sweep import optimise
 
-
-def simulator_speed(workload: Workload, rule: str) -> float:
-    """Decisions per second of a replay of the whole workload, everything that `simulate` does included."""
-    begin = time.perf_counter()
-    schedules = simulate(workload, rule)
-    return sum(schedule.decisions for schedule in schedules) / (time.perf_counter() - begin)
-
-
-def make_envs(workload: Workload, count: int, reward: str) -> SchedulerVectorEnv:
-    quarter = EPISODE_JOBS // 4
-    lengths = {"warmup_jobs": quarter, "num_jobs": 2 * quarter, "followup_jobs": quarter}
-    return SchedulerVectorEnv(count, workload, reward=reward, **lengths)
-
-
-def vector_env_speed(workload: Workload, reward: str) -> Callable[[], float]:
-    """Measures steps per second (of all environments) under random legal actions; drawing them is not counted."""
-    envs, rng = make_envs(workload, ENVIRONMENTS, reward), np.random.default_rng(0)
-    envs.reset(seed=0)
-
-    def measure() -> float:
-        seconds = 0.0
-        for _ in range(STEPS):
-            actions = (envs.action_masks() * rng.random((ENVIRONMENTS, envs.layout.actions))).argmax(1)
-            begin = time.perf_counter()
-            envs.step(actions)
-            seconds += time.perf_counter() - begin
-        return STEPS * ENVIRONMENTS / seconds
-
-    return measure
-
-
-def environment_memory(workload: Workload) -> float:
-    """MB of resident memory that the environments take, in use; those of the compiled code are not theirs."""
-
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    make_envs(workload, 1, "improvement").reset(seed=0)
-    before, envs = resident(), make_envs(workload, ENVIRONMENTS, "improvement")
-    envs.reset(seed=0)
-    for _ in range(STEPS):
-        envs.step(envs.action_masks().argmax(1))
-    return resident() - before
+    return optimise(args)
 
 
 # -------------------------------------------------------------------------------------------------------------- main

@@ -19,12 +19,11 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import optuna
-import tyro
 import yaml
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import NopPruner, SuccessiveHalvingPruner
@@ -38,26 +37,11 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+if TYPE_CHECKING:
+    from benchmark import Sweep
+
 ROOT = Path(__file__).parent
 POLL = 0.5  # seconds between two looks at the runs
-
-
-@dataclass
-class Sweep:
-    """Search hyper-parameters on this machine, as a W&B sweep's file describes it."""
-
-    file: tyro.conf.Positional[Path]
-    """the description: sweeps/ppo.yaml, sweeps/dqn.yaml or one of your own"""
-    trials: int = 20
-    """how many trials the study has in the end, those of earlier calls included"""
-    workers: int = 1
-    """how many run at a time"""
-    journal: Path | None = None
-    """the study; a further call with the same one goes on (default: runs/sweep-NAME.journal)"""
-    seed: int = 1
-    """of the sampler"""
-    output: Path | None = None
-    """where to write the trials as JSON"""
 
 
 @dataclass
@@ -224,12 +208,12 @@ def search(study: optuna.Study, args: Sweep, description: dict[str, Any], consol
             run.process.wait()
 
 
-def sweep(args: Sweep) -> tuple[dict[str, Any], Table]:
+def optimise(args: Sweep) -> tuple[dict[str, Any], Table]:
     """Search, or go on. Returns all trials, best first, and a table of the best; draws what mattered."""
+    description = read_description(args.file)
     for flag in ("trials", "workers"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: give at least 1")
-    description = read_description(args.file)
     journal = args.journal or Path("runs") / f"sweep-{args.file.stem}.journal"
     journal.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -266,7 +266,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-# ------------------------------------------------------------------------------------- published table and speed
+# ------------------------------------------------------------------------------------- published table
 @needs_reference
 def test_all_published_slowdowns_of_rules(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
     results = run("rlscheduler", "--traces", SHARED / "traces", "--reference", REFERENCE)
@@ -280,14 +280,3 @@ def test_all_published_slowdowns_of_rules(run: Callable[..., dict], capsys: pyte
         ("SDSC-SP2", True, "sjf", 0.6605)
     ]
     assert len(re.findall(r"7,273\.77", capsys.readouterr().out)) == 2
-
-
-def test_speed_reports_what_it_measures(run: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "ENVIRONMENTS", 4)
-    monkeypatch.setattr(benchmark, "EPISODE_JOBS", 64)
-    results = run("speed", "--workload", SMALL, "--repetitions", 1)
-    rules = results["simulator_decisions_per_second_by_rule"]
-    assert set(rules) == {"easy-fifo", "easy-sjf", "easy-wfp3+sjf"}
-    assert results["simulator_decisions_per_second"] == min(rules.values()) > 10_000
-    assert results["vector_env_steps_per_second"] > 1000 < results["vector_env_steps_per_second_improvement"]
-    assert results["memory_256_environments_mb"] >= 0

@@ -1,4 +1,4 @@
-"""What README.md says works: every command in it is run (with settings that take seconds), every snippet is executed.
+"""What README.md and docs/*.md say works: commands are run (with settings that take seconds), snippets executed.
 
 A small trace stands in for the ones that the README names; `make`, which would build an environment, is only asked what
 it would do.
@@ -15,15 +15,18 @@ from pathlib import Path
 import pytest
 
 from benchmark import Compare
+from docs.lines import with_lines
 from ppo_scheduler import Args
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SHARED = ROOT.parent / "shared"
 TINY = (
     "--total-timesteps 256 --num-envs 8 --num-steps 32 --num-minibatches 2 --num-jobs 64 --warmup-jobs 16 "
     "--followup-jobs 32 --num-evaluations 1 --validation-jobs 600"
 )
+SMALL = "--workload my_cluster.swf.gz"
 # How a line begins -> what is appended to make it short. A line that begins otherwise fails the test.
 COMMANDS = {
     "make": "--dry-run --no-print-directory --directory " + str(ROOT),
@@ -34,12 +37,18 @@ COMMANDS = {
     "python fifo_baseline.py": "",
     "python benchmark.py compare": "--runs 1 --max-jobs 300",
     "python benchmark.py rlscheduler": "",
-    "python benchmark.py speed": "--repetitions 1",
+    "python benchmark.py speed": "--repetitions 1 --seconds 0.01 --num-envs 8 --num-steps 32 " + SMALL,
+    "python benchmark.py sweep": "--trials 0 || test $? = 2",  # reads the file; tests/test_sweep.py runs trials
+    "wandb sweep": "--help",  # these two want an account; tests/test_sweep.py does what they do
+    "wandb agent": "--help",
+    "wandb sync": "--help",
 }
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Of all pages, the README's first."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [block for page in PAGES.values() for block in fence.findall(page)]
 
 
 def bash_lines() -> list[str]:
@@ -59,8 +68,9 @@ def short(command: str) -> str:
         if f"{command} ".startswith(f"{begin} "):
             command = re.sub(r"[\w.-]+\.swf\.gz", "my_cluster.swf.gz", command)
             command = re.sub(r"python (\w+\.py)", rf"python {ROOT}/\1", command)
-            return f"{command.replace('tests/', f'{ROOT}/tests/')} {flags}"
-    raise ValueError(f"README.md: no test covers the command {command!r}; add it to COMMANDS")
+            command = re.sub(r"(?<![\w/])(tests|sweeps)/", rf"{ROOT}/\1/", command)
+            return f"{command} {flags}"
+    raise ValueError(f"no test covers the command {command!r}; add it to COMMANDS")
 
 
 def workload_of(command: str) -> str:
@@ -88,13 +98,14 @@ class Reader:
         if command not in self.done:
             path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
             self.done[command] = subprocess.run(
-                ["bash", "-c", command], cwd=self.folder, env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+                ["bash", "-c", command], cwd=self.folder,
+                env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"},
                 capture_output=True, text=True, timeout=300, check=False,
             )  # fmt: skip
         return self.done[command]
 
     def run(self, workload: str) -> str:
-        """The folder of the run that the README's own command for the workload makes."""
+        """The folder of the run that the pages' own command for the workload makes."""
         training = (line for line in bash_lines() if line.startswith("python ppo_scheduler.py") and "RUN" not in line)
         done = self.types(next(line for line in training if workload_of(line) == workload))
         assert done.returncode == 0, done.stderr
@@ -125,7 +136,7 @@ def test_every_snippet_runs(snippet: str, reader: Reader, monkeypatch: pytest.Mo
 
 def test_a_command_that_no_test_covers_is_noticed() -> None:
     with pytest.raises(ValueError, match="no test covers"):
-        short("python dqn_scheduler.py")
+        short("python nothing_scheduler.py")
 
 
 def test_defaults_are_those_of_the_scripts() -> None:
@@ -138,10 +149,17 @@ def test_defaults_are_those_of_the_scripts() -> None:
         assert default.replace("_", "") == text.replace("_", ""), f"--{flag}"
 
 
-def test_every_link_into_the_repository_leads_somewhere() -> None:
-    targets = re.findall(r"\]\((?!https?:|#)(.*?)\)", README)
-    assert targets and not [target for target in targets if not (ROOT / target).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_into_the_repository_leads_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]*)", PAGES[page])
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_line_that_is_quoted_is_where_the_link_leads(page: Path) -> None:
+    """`make docs` puts the numbers right; a quotation that is nowhere any more has to be written anew."""
+    assert with_lines(page.read_text(), page) == page.read_text()
 
 
 def test_every_figure_is_measured() -> None:
-    assert re.findall(r"TBD\(\w+\)", README) == [] and "TBD(" not in README
+    assert not [page.name for page, text in PAGES.items() if "TBD" in text]

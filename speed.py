@@ -1,0 +1,427 @@
+"""Measures how fast everything is on this machine: `python benchmark.py speed`.
+
+    python benchmark.py speed --output speed.json                # ten minutes on two cores; draws speed.png as well
+    python benchmark.py speed --num-envs 4096 --cuda             # the learners on a GPU
+
+Every figure is the median of `--repetitions` counts after a burn-in, all of one run, so that ratios mean something also
+on a noisy machine. docs/benchmark.md says what each key of the JSON is.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import gymnasium as gym
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+import ppo_scheduler
+from policies import load_policy
+from scheduler_env import SchedulerVectorEnv, simulate
+from workloads import Cluster, Workload, generate_jobs, load_workload, scale_load
+
+if TYPE_CHECKING:
+    from benchmark import Speed
+
+ID = "ResourceRL/Scheduler-v0"
+RULES = ("easy-fifo", "easy-sjf", "easy-wfp3+sjf")
+ENVIRONMENTS, BATCHES = (1, 16, 256, 4096), (1, 64, 4096)
+WINDOWS, NODES, JOBS = (16, 64, 256, 1024), (1, 4, 16, 64, 256), (256, 1024, 4096, 16_384, 65_536)
+EPISODE = {"warmup_jobs": 256, "num_jobs": 512, "followup_jobs": 256}
+FEW = 10_000  # jobs: of what is copied for every environment by those that hold single ones
+
+
+def measure(args: Speed) -> tuple[dict[str, Any], Table]:
+    """All figures, and a table of them. Compiling and loading are not counted."""
+    if args.repetitions < 1:
+        raise ValueError(f"--repetitions {args.repetitions}: give at least 1")
+    workload = load_workload(args.workload, "all")
+    workload.report_skipped()
+    few = first_jobs(workload, FEW)
+    results: dict[str, Any] = {"workload": args.workload, "repetitions": args.repetitions, "machine": machine()}
+    with Console(stderr=True).status("") as status:
+        for title, part in {
+            "memory": lambda: memory(workload),  # first, while nothing that was freed can be used again
+            "the simulator": lambda: simulator(args, workload),
+            "the vector environment": lambda: environments(args, workload, few),
+            "PPO": lambda: ppo(args),
+            "DQN": lambda: dqn(args),
+            "Stable-Baselines3": lambda: stable_baselines3(args, few),
+            "what grows with what": lambda: growth(args),
+        }.items():
+            status.update(f"Measuring {title}")
+            results |= part()
+    results |= ratios(results)
+    if args.output:
+        draw(results, args.output)
+    return results, table_of(results)
+
+
+def median(args: Speed, measure: Callable[[], float]) -> float:
+    measure()  # burn in: compiles, fills caches
+    return float(np.median([measure() for _ in range(args.repetitions)]))
+
+
+def per_second(args: Speed, call: Callable[[], object], count: int = 1) -> float:
+    """How often a second `call` does what it does `count` times."""
+
+    def measure() -> float:
+        calls, begin = 0, time.perf_counter()
+        while (spent := time.perf_counter() - begin) < args.seconds or calls == 0:
+            call()
+            calls += 1
+        return calls * count / spent
+
+    return median(args, measure)
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "numpy", "gymnasium")}
+    return {
+        "cpu": cpu[0] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    } | versions
+
+
+def first_jobs(workload: Workload, most: int) -> Workload:
+    """The first jobs of the first segment."""
+    first, last = workload.segments[0]
+    last = min(last, first + most)
+    return replace(workload, jobs=workload.jobs[first:last], segments=np.array([[0, last - first]]))
+
+
+# -------------------------------------------------------------------------------------- the simulator, environments
+def simulator(args: Speed, workload: Workload) -> dict[str, Any]:
+    """Replays of the whole workload, everything that `simulate` does included."""
+
+    def decisions(rule: str) -> int:
+        return sum(schedule.decisions for schedule in simulate(workload, rule))
+
+    rules = {rule: per_second(args, lambda rule=rule: decisions(rule), decisions(rule)) for rule in RULES}
+    slowest = min(rules, key=lambda rule: rules[rule])
+    with ThreadPoolExecutor(2) as pool:  # the kernels release the GIL: two replays side by side
+        both = per_second(args, lambda: list(pool.map(decisions, (slowest, slowest))), 2 * decisions(slowest))
+    return {
+        "simulator_decisions_per_second": rules[slowest],
+        "simulator_decisions_per_second_by_rule": rules,
+        "simulator_decisions_per_second_2_threads": both,
+    }
+
+
+def steps_per_second(args: Speed, envs: gym.vector.VectorEnv, layout: Any) -> float:
+    """Steps of all environments together under random legal actions; drawing them is not counted."""
+    rng = np.random.default_rng(0)
+    obs, _ = envs.reset(seed=0)
+
+    def measure() -> float:
+        nonlocal obs
+        steps, spent = 0, 0.0
+        while spent < args.seconds:
+            mask = layout.split(obs).mask
+            actions = (mask * rng.random(mask.shape)).argmax(1)
+            begin = time.perf_counter()
+            obs = envs.step(actions)[0]
+            spent += time.perf_counter() - begin
+            steps += envs.num_envs
+        return steps / spent
+
+    rate = median(args, measure)
+    envs.close()
+    return rate
+
+
+def environments(args: Speed, workload: Workload, few: Workload) -> dict[str, Any]:
+    def native(count: int, reward: str, workload: Workload = workload) -> float:
+        envs = SchedulerVectorEnv(count, workload, reward=reward, **EPISODE)
+        return steps_per_second(args, envs, envs.layout)
+
+    counts = {str(count): native(count, "cost") for count in ENVIRONMENTS}
+    sync = gym.make_vec(ID, num_envs=16, vectorization_mode="sync", workload=few, reward="cost", **EPISODE)
+    return {
+        "vector_env_steps_per_second": counts[str(ENVIRONMENTS[-2])],
+        "vector_env_steps_per_second_by_environments": counts,
+        "vector_env_steps_per_second_improvement": native(ENVIRONMENTS[-2], "improvement"),
+        "gymnasium_sync_steps_per_second": steps_per_second(args, sync, sync.envs[0].unwrapped.layout),
+        "vector_env_steps_per_second_beside_sync": native(16, "cost", few),
+    }
+
+
+def memory(workload: Workload) -> dict[str, Any]:
+    """MB of resident memory that environments of 1,024 jobs take, in use; those of the compiled code are not theirs."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def use(count: int) -> SchedulerVectorEnv:
+        envs = SchedulerVectorEnv(count, workload, **EPISODE)
+        obs, _ = envs.reset(seed=0)
+        for _ in range(20):
+            envs.step(envs.split(obs).mask.argmax(1))
+        return envs
+
+    use(1).close()
+    found = {}
+    for count in ENVIRONMENTS[-2:]:
+        before = resident()
+        envs = use(count)
+        found[str(count)] = resident() - before
+        del envs
+    return {"memory_256_environments_mb": found[str(ENVIRONMENTS[-2])], "memory_mb_by_environments": found}
+
+
+# ---------------------------------------------------------------------------------------------------- the learners
+@contextmanager
+def timed(owner: Any, attribute: str, seconds: list[float]) -> Iterator[None]:
+    """Append how long each call of owner.attribute takes."""
+    original = getattr(owner, attribute)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        result = original(*args, **kwargs)
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    with patch.object(owner, attribute, call):
+        yield
+
+
+PARTS = ("simulator", "policy", "update", "validation")
+
+
+def learner(args: Speed, script: ModuleType, last: Callable[[Any], None]) -> dict[str, Any]:
+    """Run a script as its command does, except that its training loop is short and runs several times.
+
+    Returns the decisions_per_second of a whole run under the script's own flags, the shares[part] of its time, and the
+    update_seconds of one call of `update`.
+
+    Args:
+        last: called with the trainer after all.
+    """
+    usual = script.Args()
+    iterations = max(1, round(4 * args.seconds))
+    flags = script.Args(
+        workload=os.path.abspath(args.workload) if os.path.exists(args.workload) else args.workload, cuda=args.cuda,
+        num_envs=args.num_envs, num_steps=args.num_steps, num_evaluations=1,
+        total_timesteps=iterations * args.num_envs * args.num_steps,
+    )  # fmt: skip
+    runs: list[dict[str, float]] = []
+    train = script.train
+
+    def repeat(trainer: Any, *others: Any) -> bool:
+        for _ in range(args.repetitions + 1):
+            trainer.iteration, steps, updates, validations = 0, [], [], []
+            with (
+                timed(trainer.envs, "step", steps),
+                timed(script, "update", updates),
+                timed(trainer, "validate", validations),
+            ):
+                begin = time.perf_counter()
+                train(trainer, *others)
+                whole = time.perf_counter() - begin
+            decisions = len(steps) * args.num_envs
+            rest = whole - sum(steps) - sum(updates) - sum(validations)  # the forward passes of the rollout, above all
+            # A short loop would validate too often.
+            validation = np.mean(validations) * usual.num_evaluations * decisions / usual.total_timesteps
+            parts = dict(zip(PARTS, (sum(steps), rest, sum(updates), validation), strict=True))
+            runs.append({"decisions": decisions, "update_seconds": np.mean(updates), **parts})
+        last(trainer)
+        return True
+
+    quiet = StringIO()
+    hidden = redirect_stdout(quiet), redirect_stderr(quiet)
+    with TemporaryDirectory() as folder, chdir(folder), hidden[0], hidden[1], patch.object(script, "train", repeat):
+        script.main(flags)
+    runs = runs[1:]  # the first one was the burn-in
+    seconds = [sum(run[part] for part in PARTS) for run in runs]
+    rates = [run["decisions"] / s for run, s in zip(runs, seconds, strict=True)]
+    shares = {part: [run[part] / s for run, s in zip(runs, seconds, strict=True)] for part in PARTS}
+    return {
+        "decisions_per_second": float(np.median(rates)),
+        "shares": {part: float(np.median(share)) for part, share in shares.items()},
+        "update_seconds": float(np.median([run["update_seconds"] for run in runs])),
+    }
+
+
+def ppo(args: Speed) -> dict[str, Any]:
+    """PPO's training; its update beside the time that its matrix products need; and calls of the exported policy."""
+    results: dict[str, Any] = {}
+    flops: list[int] = []
+    update = ppo_scheduler.update
+
+    def counted(*others: Any) -> Any:
+        if flops:
+            return update(*others)
+        with FlopCounterMode(display=False) as counter:  # in the burn-in
+            result = update(*others)
+        flops.append(counter.get_total_flops())
+        return result
+
+    def last(trainer: Any) -> None:
+        device = trainer.device
+        a = torch.rand(1024, 1024, device=device)
+        rate = per_second(args, lambda: (a @ a)[0, 0].item(), 2 * 1024**3)
+        results.update(matmul_gflops=rate / 1e9, ppo_update_gflop=flops[0] / 1e9)
+        path = Path("policy.onnx").absolute()
+        ppo_scheduler.export_onnx(trainer.average.module, path, trainer.layout, trainer.metadata(None))
+        policy = load_policy(str(path))
+        observations = np.resize(trainer.envs.observations, (max(BATCHES), trainer.layout.size))
+        calls = {str(size): per_second(args, lambda size=size: policy.predict(observations[:size])) for size in BATCHES}
+        results.update(policy_calls_per_second=calls)
+
+    with patch.object(ppo_scheduler, "update", counted):
+        found = learner(args, ppo_scheduler, last)
+    ideal = results["ppo_update_gflop"] / results["matmul_gflops"]
+    return {
+        "ppo_decisions_per_second": found["decisions_per_second"], "ppo_time_shares": found["shares"],
+        "ppo_update_seconds": found["update_seconds"], "ppo_update_over_matmul": found["update_seconds"] / ideal,
+        **results,
+    }  # fmt: skip
+
+
+def dqn(args: Speed) -> dict[str, Any]:
+    if not Path(__file__).with_name("dqn_scheduler.py").exists():
+        return {"dqn_decisions_per_second": None, "dqn_time_shares": None}
+    import dqn_scheduler
+
+    found = learner(args, dqn_scheduler, lambda _: None)
+    return {"dqn_decisions_per_second": found["decisions_per_second"], "dqn_time_shares": found["shares"]}
+
+
+def stable_baselines3(args: Speed, few: Workload) -> dict[str, Any]:
+    """PPO and MaskablePPO on as many single environments as our PPO has, with its batches; null where not installed."""
+    results: dict[str, Any] = {"sb3_ppo_decisions_per_second": None, "sb3_maskable_ppo_decisions_per_second": None}
+    try:
+        from sb3_contrib import MaskablePPO
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.env_util import make_vec_env
+    except ImportError as error:
+        print(f"{error.name} is not installed (requirements-dev.txt), so it is not measured", file=sys.stderr)
+        return results
+    usual = ppo_scheduler.Args()
+    episode = {name: getattr(usual, name) for name in ("num_jobs", "warmup_jobs", "followup_jobs", "queue_window")}
+    batch = args.num_envs * args.num_steps
+    for key, algorithm in zip(results, (PPO, MaskablePPO), strict=True):
+        envs = make_vec_env(ID, args.num_envs, seed=1, env_kwargs={"workload": few, **episode})
+        model = algorithm(
+            "MlpPolicy", envs, n_steps=args.num_steps, batch_size=batch // usual.num_minibatches,
+            n_epochs=usual.update_epochs, gamma=usual.gamma, device="cuda" if args.cuda else "cpu",
+        )  # fmt: skip
+        seconds = []
+        with timed(model, "learn", seconds):
+            for _ in range(args.repetitions):  # without burn-in: nothing is left to be compiled
+                model.learn(batch, reset_num_timesteps=False)
+        results[key] = batch / float(np.median(seconds))
+        envs.close()
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ what grows with what
+def growth(args: Speed) -> dict[str, Any]:
+    """Microseconds a decision on one thread, with 16 environments and random actions, by reward: what has to be rolled
+    out (improvement), or not (cost)."""
+
+    def microseconds(workload: Workload, **flags: int) -> dict[str, float]:
+        found = {}
+        for reward in ("cost", "improvement"):
+            envs = SchedulerVectorEnv(16, workload, num_threads=1, reward=reward, **(EPISODE | flags))
+            found[reward] = 1e6 / steps_per_second(args, envs, envs.layout)
+        return found
+
+    def cluster(nodes: int) -> Workload:
+        machine = Cluster(np.full((nodes, 1), 32.0), np.ones(nodes), ("cpu",))
+        jobs = generate_jobs(np.random.default_rng(0), 5_000, machine, flavours=[[1], [2], [4], [8], [16]])
+        return Workload(f"{nodes} nodes", machine, jobs, np.array([[0, 5_000]]), {})
+
+    usual = load_workload("hpc", "train", runs=1, run_jobs=JOBS[-1] + 10_000)
+    busy = replace(usual, jobs=scale_load(usual.jobs, 1.5))  # so that there are as many jobs as the window shows
+    figures = {
+        "queue_window": {window: microseconds(busy, queue_window=window, warmup_jobs=4096) for window in WINDOWS},
+        "nodes": {nodes: microseconds(cluster(nodes)) for nodes in NODES},
+        "jobs": {jobs: microseconds(usual, num_jobs=jobs) for jobs in JOBS},
+    }
+    return {
+        f"microseconds_per_decision_by_{what}": {
+            reward: {str(x): found[reward] for x, found in figure.items()} for reward in ("cost", "improvement")
+        }
+        for what, figure in figures.items()
+    }
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """The growth of the cost, as PNG and SVG."""
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.5), sharey=True, layout="constrained")
+    labels = {"queue_window": "jobs in the queue window", "nodes": "nodes", "jobs": "jobs in an episode"}
+    for panel, (what, label) in zip(panels, labels.items(), strict=True):
+        for reward, found in results[f"microseconds_per_decision_by_{what}"].items():
+            panel.loglog([int(x) for x in found], list(found.values()), "o-", label=f"reward {reward}")
+        panel.set_xticks([int(x) for x in found], list(found))
+        panel.minorticks_off()
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("microseconds a decision")
+    panels[0].legend()
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- ratios and the table
+RATIOS = {  # key: of what, to what
+    "simulator_2_threads_over_1": ("simulator_decisions_per_second_2_threads", "simulator_decisions_per_second"),
+    "vector_env_over_gymnasium_sync": ("vector_env_steps_per_second_beside_sync", "gymnasium_sync_steps_per_second"),
+    "ppo_over_sb3": ("ppo_decisions_per_second", "sb3_ppo_decisions_per_second"),
+    "ppo_over_sb3_maskable": ("ppo_decisions_per_second", "sb3_maskable_ppo_decisions_per_second"),
+    "dqn_over_sb3": ("dqn_decisions_per_second", "sb3_ppo_decisions_per_second"),
+}
+
+
+def ratios(results: dict[str, Any]) -> dict[str, float | None]:
+    found = {key: (results[a], results[b]) for key, (a, b) in RATIOS.items()}
+    return {key: None if None in pair else pair[0] / pair[1] for key, pair in found.items()}
+
+
+def table_of(results: dict[str, Any]) -> Table:
+    """A row a key, in the JSON's order; those that hold several figures, one each."""
+    machine = results["machine"]
+    table = Table(
+        title=f"Speed on {results['workload']}; medians of {results['repetitions']}",
+        caption=f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, numba {machine['numba']}",
+    )
+    table.add_column("key")
+    table.add_column("figure", justify="right")
+    for name, figure in flat(results):
+        text = "-" if figure is None else f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+        table.add_row(name, text)
+    return table
+
+
+def flat(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+    """The figures, with the path to each."""
+    for key, value in results.items():
+        if isinstance(value, dict) and key != "machine":
+            yield from flat(value, f"{prefix}{key} ")
+        elif key not in ("machine", "workload", "repetitions"):
+            yield prefix + key, value
