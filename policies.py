@@ -73,21 +73,24 @@ class Policy(ABC):
         self.name, self.reference, self.layout = name, reference, layout
         self.generator = np.random.default_rng(0)
 
-    def predict(self, observation: np.ndarray, deterministic: bool = True) -> int | np.ndarray:
+    def predict(
+        self, observation: np.ndarray, deterministic: bool = True, layout: Layout | None = None
+    ) -> int | np.ndarray:
         """The action for an observation float32[D], or int64[B] for float32[B, D]: always one that the mask allows.
 
-        deterministic=False draws from the policy's distribution (a rule has only one choice).
+        deterministic=False draws from the policy's distribution (a rule has only one choice). `layout` is that of the
+        observation, by default `self.layout`.
 
         Raises:
             PolicyError: the observation is not of this policy's layout.
         """
-        observation = np.asarray(observation, np.float32)
-        if self.layout is None or observation.shape[-1] != self.layout.size:
+        observation, layout = np.asarray(observation, np.float32), layout or self.layout
+        if layout is None or observation.shape[-1] != layout.size:
             raise PolicyError(
                 f"{self.name}: an observation of {observation.shape[-1]} numbers does not have the layout "
-                f"{self.layout}; set policy.layout to that of the environment"
+                f"{layout}; set policy.layout to that of the environment"
             )
-        actions = self._choose(self.layout.split(np.atleast_2d(observation)), deterministic)
+        actions = self._choose(layout.split(np.atleast_2d(observation)), deterministic)
         return actions if observation.ndim == 2 else int(actions[0])
 
     @abstractmethod
@@ -140,7 +143,14 @@ def _decision(moment: Moment, choices: list[tuple[int, int]], order: np.ndarray)
     reserved = moment.reserved
     start = [choice for choice in choices if reserved is None or choice[0] != reserved[0]]
     first = np.array([job for job, _ in start] + ([reserved[0]] if reserved else []), np.int64)
-    return Decision(start, reserved, np.concatenate([first, order[~np.isin(order, first)]]))
+    return Decision(start, reserved, np.concatenate([first, _without(order, first)]))
+
+
+def _without(jobs: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """All jobs int64[Q] in some order, without the others."""
+    stays = np.ones(len(jobs), bool)
+    stays[others] = False
+    return jobs[stays[jobs]]
 
 
 class RulePolicy(Policy):
@@ -225,11 +235,11 @@ class OnnxPolicy(Policy):
         if meta.rule:
             return _decision(moment, moment.follow_rule(), moment.rule_order())
         layout = Layout(meta.queue_window if window is None else window, *state.cluster.capacity.shape)
-        visible, others = moment.visible(layout.window), moment.rule_order()
-        others, ranked, choices = others[~np.isin(others, visible)], visible[:0], []
+        visible, choices = moment.visible(layout.window), []
+        ranked, others = visible[:0], _without(moment.rule_order(), visible)
         observation, more = moment.observe(layout)
         while more or len(ranked) < len(visible):
-            logits = self._finite_logits(layout.split(observation[None]))
+            logits = self._legal_logits(layout.split(observation[None]))
             if not len(ranked):  # before anything is reserved, all jobs have a score
                 best = logits[:-1].reshape(layout.window, layout.nodes).max(1)[: len(visible)]
                 ranked = visible[np.argsort(-best, kind="stable")]
@@ -240,12 +250,12 @@ class OnnxPolicy(Policy):
             observation, more = moment.observe(layout)
         return _decision(moment, choices, np.concatenate([ranked, others]))
 
-    def _finite_logits(self, parts: Observation) -> np.ndarray:
+    def _legal_logits(self, parts: Observation) -> np.ndarray:
         """float32[K*M + 1] of one observation, -inf for what is not legal."""
-        logits, legal = self._logits(parts)[0], parts.mask[0] > 0
-        if not np.isfinite(logits[legal]).all():
+        logits = np.where(parts.mask[0] > 0, self._logits(parts)[0], -np.inf)
+        if not np.isfinite(logits.max()):
             raise PolicyError(f"{self.path}: the network's answer is no number; train it again")
-        return np.where(legal, logits, -np.inf)
+        return logits
 
     def _check_resources(self, cluster: Cluster, name: str) -> None:
         meta, resources = self.metadata, cluster.capacity.shape[1]

@@ -1206,10 +1206,9 @@ def _past(jobs: Jobs, groups: np.ndarray) -> Past:
     return Past(offset, end[order], run[order])
 
 
-def _on_grid(amounts: np.ndarray, cluster: Cluster) -> np.ndarray:
-    """On a grid fine enough for anyone, sums of fractional demands are exact whatever the order of the events."""
-    grid = 2.0 ** (np.ceil(np.log2(cluster.capacity.max(0))) - 40)
-    return np.round(amounts / grid) * grid
+def _grid(cluster: Cluster) -> np.ndarray:
+    """float64[R], fine enough for anyone: sums of multiples of it are exact whatever the order of the events."""
+    return 2.0 ** (np.ceil(np.log2(cluster.capacity.max(0))) - 40)
 
 
 def _problem(
@@ -1226,16 +1225,15 @@ def _problem(
     size = job_size(jobs, cluster)
     unit = 1.0 / cluster.capacity.max(0)
     requested = np.maximum(jobs.requested_time, 0.0)  # -1 in some published sequences
-    features = np.column_stack(
-        (np.ones(len(jobs)), np.log1p(requested) / 12, np.log2(1 + size) / 10, np.log1p(requested * size) / 20)
-        + (jobs.demand * unit,)
-    )
+    features = np.ones((len(jobs), STATIC_FEATURES + jobs.demand.shape[1]), np.float32)
+    features[:, REQUESTED], features[:, SIZE] = np.log1p(requested) / 12, np.log2(1 + size) / 10
+    features[:, AREA], features[:, STATIC_FEATURES:] = np.log1p(requested * size) / 20, jobs.demand * unit
     table = np.empty(len(jobs), JOB)
     table["submit"], table["run"], table["requested"] = jobs.submit_time, jobs.run_time, jobs.requested_time
     table["size"], table["head_score"] = size, static_score(rule.head, jobs, size) if scores is None else scores
     table["backfill_score"] = static_score(rule.backfill, jobs, size) if scores is None else scores
     return Problem(
-        table, np.ascontiguousarray(jobs.demand), features.astype(np.float32), groups,
+        table, np.ascontiguousarray(jobs.demand), features, groups,
         cluster.capacity, cluster.speed, unit, float(cluster.speed.max()), float(cluster.capacity[:, 0].sum()),
         *rule[1:], rule.head == rule.backfill and rule.head <= STATIC,
         OBJECTIVES[objective], backfill == "easy", lock_in,
@@ -1261,8 +1259,9 @@ class _Simulator:
     ) -> None:
         jobs, cluster = workload.jobs, workload.cluster
         _check(jobs, cluster)
-        jobs = replace(jobs, demand=_on_grid(jobs.demand, cluster))
-        cluster = replace(cluster, capacity=_on_grid(cluster.capacity, cluster), speed=np.asarray(cluster.speed, float))
+        grid = _grid(cluster)
+        jobs = replace(jobs, demand=np.round(jobs.demand / grid) * grid)
+        cluster = Cluster(np.round(cluster.capacity / grid) * grid, np.asarray(cluster.speed, float), cluster.resources)
         self.jobs, self.cluster, self.length = jobs, cluster, length
         if lock_in and rule.head == TETRIS:
             raise ValueError("tetris has no order of jobs, which lock_in needs; use another rule")
@@ -1416,18 +1415,21 @@ class Moment:
         ordered = [np.argsort(part.submit_time, kind="stable") for part in (state.running, state.queued)]
         self.numbers, self._first = ordered[1], len(finished) + len(ordered[0])
         jobs = Jobs.concatenate([finished, state.running[ordered[0]], state.queued[ordered[1]]])
-        jobs = replace(jobs, demand=_on_grid(jobs.demand, cluster))
+        grid = _grid(cluster)
+        jobs = replace(jobs, demand=np.round(jobs.demand / grid) * grid)
         groups = _groups(jobs) if len(finished) else np.full((len(jobs), 3), -1, np.int32)
         count, (nodes, resources) = len(jobs), cluster.capacity.shape
         plan = np.zeros(count, START)
         plan["start"] = np.inf
         running = slice(len(finished), self._first)
         plan["start"][running], plan["node"][running] = state.start_time[ordered[0]], state.node[ordered[0]]
-        capacity = _on_grid(cluster.capacity, cluster)
+        capacity = np.round(cluster.capacity / grid) * grid
         used = np.zeros((nodes, resources))
         np.add.at(used, plan["node"][running], jobs.demand[running])
-        free = np.maximum(capacity - used if state.free is None else _on_grid(state.free, cluster), 0.0)
-        problem = _problem(jobs, replace(cluster, capacity=capacity), groups, rule, backfill=backfill)
+        free = np.maximum(capacity - used if state.free is None else np.round(state.free / grid) * grid, 0.0)
+        if (capacity != cluster.capacity).any():
+            cluster = replace(cluster, capacity=capacity)
+        problem = _problem(jobs, cluster, groups, rule, backfill=backfill)
         # What is neither free nor due to be is of no use now, nor for a reservation.
         self.problem = problem._replace(capacity=np.minimum(capacity, free + used))
         self.sim = Sim(
@@ -1435,7 +1437,8 @@ class Moment:
             np.zeros(count, TIMED), free, np.zeros(resources), np.zeros(resources), np.zeros((nodes, resources)),
             np.zeros((int(groups.max(initial=-1)) + 1, 4)), plan,
         )  # fmt: skip
-        restore(self.problem, self.sim, float(state.now), len(finished), len(state.running))
+        with _compiling():
+            restore(self.problem, self.sim, float(state.now), len(finished), len(state.running))
 
     @property
     def reserved(self) -> tuple[int, int, float] | None:

@@ -1,0 +1,761 @@
+"""The decision service: the state of a cluster in, what starts where and the priority of every queued job out.
+
+    python serve.py --policy runs/RUN/policy.onnx
+    curl localhost:8000/v1/decisions --json @state.json
+
+The contract, with examples, is in docs/deploy.md. The file reads downwards: what is sent and answered, how a state is
+checked, the service, its HTTP interface, and the program that runs it.
+"""
+
+import asyncio
+import gc
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import numpy as np
+import onnxruntime
+import tyro
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from msgspec import Meta, Struct
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from policies import ClusterState, Decision, OnnxPolicy, Policy, PolicyError, RulePolicy, load_policy
+from scheduler_env import Layout
+from workloads import Cluster, Jobs, WorkloadError
+
+log = logging.getLogger("serve")
+BODY_SECONDS = 10.0  # a request's body has to arrive within
+RELOAD_SECONDS = 1.0  # how often the policy's file is looked at
+OPEN_PATHS = ("/healthz", "/readyz")  # without a token
+
+
+@dataclass
+class Args:
+    policy: str
+    """path of a policy.onnx, or the name of a rule"""
+    host: str = "127.0.0.1"
+    """address to listen on; other than loopback needs --token-file"""
+    port: int = 8000
+    """port to listen on"""
+    unix_socket: Path | None = None
+    """path of a unix socket to listen on instead, open to its user and group"""
+    token_file: Path | None = None
+    """file that holds the bearer token which requests have to carry"""
+    deadline_ms: float = 100.0
+    """if the model takes longer, the answer comes from its reference rule"""
+    record: Path | None = None
+    """append every state and its decision here, as JSON lines; load_workload reads them back"""
+    record_bytes: int = 100_000_000
+    """size at which the record is rotated"""
+    record_files: int = 10
+    """how many full ones are kept"""
+    max_body_bytes: int = 8_000_000
+    """largest request"""
+    max_jobs: int = 10_000
+    """most jobs in one state"""
+    max_nodes: int = 1_024
+    """most nodes in one state"""
+
+
+# --------------------------------------------------------------------------------------------- what is sent, answered
+# gc=False: none of these can refer to itself, and a request has hundreds.
+Id = str | int
+Time = Annotated[float, Meta(ge=0, le=1e11, description="seconds; all times have one origin, Unix time for example")]
+Duration = Annotated[float, Meta(gt=0, le=1e9, description="seconds")]
+Amount = Annotated[float, Meta(ge=0, le=1e18)]
+Amounts = Annotated[list[Amount], Meta(min_length=1, max_length=16, description="one number per resource")]
+
+
+class Node(Struct, forbid_unknown_fields=True, gc=False):
+    name: Id
+    capacity: Amounts
+    free: Amounts | None = None  # by default what the running jobs leave; less, where a node is not (all) in use
+    speed: Annotated[float, Meta(ge=1e-6, le=1e6, description="a job takes its run time / speed")] = 1.0
+
+
+class Job(Struct, forbid_unknown_fields=True, kw_only=True, gc=False):
+    demand: Amounts
+    requested_time: Duration
+    user: Id | None = None  # these two tell whose history a job belongs to
+    executable: Id | None = None
+
+
+class QueuedJob(Job, kw_only=True, gc=False):
+    id: Id
+    submit_time: Time
+
+
+class RunningJob(Job, kw_only=True, gc=False):
+    id: Id
+    node: Id
+    start_time: Time
+    submit_time: Time | None = None
+
+
+class FinishedJob(Job, kw_only=True, gc=False):
+    run_time: Duration  # what it would have taken at speed 1
+    id: Id | None = None
+
+
+class State(Struct, forbid_unknown_fields=True, gc=False):
+    """A cluster at one moment. The order of resources is that of the workload on which the policy was trained."""
+
+    now: Time
+    nodes: Annotated[list[Node], Meta(min_length=1)]
+    queued: list[QueuedJob] = []
+    running: list[RunningJob] = []
+    finished: list[FinishedJob] = []  # in order of their ends; the last two of every user and kind suffice
+    resources: list[str] | None = None  # names, for the record
+
+
+class Start(Struct, gc=False):
+    job: Id
+    node: Id
+
+
+class Reservation(Struct, gc=False):
+    job: Id
+    node: Id
+    time: float  # when the job can start if running jobs end as requested
+
+
+class Priority(Struct, gc=False):
+    job: Id
+    priority: int  # higher first; from the number of queued jobs down to 1
+
+
+class Answer(Struct, gc=False):
+    start: list[Start]  # now, in this order
+    reserved: Reservation | None
+    priorities: list[Priority]  # of all queued jobs, the most urgent first
+    decided_by: str
+    policy_version: str
+    fallback: str | None = None  # why a rule decided in place of the model
+
+
+class Observed(Struct, forbid_unknown_fields=True, gc=False):
+    """A raw observation, as of `SchedulerEnv`, from a window and nodes other than those of training if it says so."""
+
+    observation: Annotated[list[float], Meta(min_length=1)]
+    queue_window: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    nodes: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    resources: Annotated[int, Meta(ge=1, le=16)] | None = None
+    deterministic: bool = True
+
+
+class Action(Struct, gc=False):
+    action: int
+    decided_by: str
+    policy_version: str
+    fallback: str | None = None
+
+
+class Problem(Struct):
+    loc: list[Id]
+    msg: str
+
+
+class Refusal(Struct):
+    detail: list[Problem]
+
+
+class Refused(Exception):
+    """Input that cannot be used: the status, the field, what is wrong with it and the remedy."""
+
+    def __init__(self, where: Sequence[Id], message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status, self.refusal = status, Refusal([Problem(["body", *where], message)])
+
+
+# ------------------------------------------------------------------------------------------------- checking a state
+def decode(decoder: msgspec.json.Decoder, body: bytes) -> Any:
+    """What the body says.
+
+    Raises:
+        Refused: it is no JSON, or a field is missing, unknown or out of range.
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        where = [name or int(index) for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path)]
+        if field := re.fullmatch(r"Object (?:missing required|contains unknown) field `(.*)`", message):
+            where.append(field[1])
+        raise Refused(where, message) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        for where in _not_finite(body):  # Python and JavaScript write NaN, which JSON does not know
+            raise Refused(where, "not a finite number") from None
+        raise Refused((), f"{error}; send JSON") from None
+
+
+def _not_finite(body: bytes) -> Iterator[list[Id]]:
+    """The places of numbers that are infinite or none, in what is JSON otherwise."""
+
+    def search(value: Any, where: list[Id]) -> Iterator[list[Id]]:
+        if isinstance(value, float) and not math.isfinite(value):
+            yield where
+        for key, part in (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        ):
+            yield from search(part, [*where, key])
+
+    try:
+        yield from search(json.loads(body), [])
+    except (ValueError, RecursionError):
+        return
+
+
+def cluster_state(state: State) -> ClusterState:
+    """The state in arrays.
+
+    Raises:
+        Refused: it contradicts itself.
+    """
+    resources = len(state.nodes[0].capacity)
+    capacity = _amounts([node.capacity for node in state.nodes], resources, "nodes", "capacity")
+    try:
+        cluster = Cluster(capacity, np.array([node.speed for node in state.nodes]), ("",) * resources)
+    except WorkloadError as error:
+        raise Refused(("nodes",), str(error)) from None
+    submitted = [job.start_time if job.submit_time is None else job.submit_time for job in state.running]
+    # Whose job it is counts only where something is known of its user.
+    codes: dict[Any, int] | None = {None: -1} if state.finished else None
+    queued = _jobs("queued", state.queued, [job.submit_time for job in state.queued], resources, codes)
+    running = _jobs("running", state.running, submitted, resources, codes)
+    finished = _jobs("finished", state.finished, [0.0] * len(state.finished), resources, codes)
+    finished = replace(finished, run_time=np.array([job.run_time for job in state.finished]))
+    start_time = np.array([job.start_time for job in state.running])
+    index = {node.name: m for m, node in enumerate(state.nodes)}
+    node = np.array([index.get(job.node, -1) for job in state.running], np.int64)
+    used = np.zeros_like(capacity)
+    np.add.at(used, node, running.demand)
+    free = np.maximum(capacity - used, 0.0)
+    if any(given.free is not None for given in state.nodes):
+        rows = [left if given.free is None else given.free for given, left in zip(state.nodes, free, strict=True)]
+        free = _amounts(rows, resources, "nodes", "free")
+    kinds = np.array(list({tuple(given.capacity) for given in state.nodes}))
+    slack = 1e-9 * capacity  # operators' sums are rounded
+    checks = (
+        ("nodes", "name", _repeated([node.name for node in state.nodes]), "there twice"),
+        ("running", "id", _repeated([job.id for job in state.running]), "there twice"),
+        ("queued", "id", _repeated([job.id for job in chain(state.running, state.queued)])[len(state.running) :],
+         "there twice"),
+        ("queued", "submit_time", queued.submit_time > state.now, "after now"),
+        ("running", "start_time", start_time > state.now, "after now"),
+        ("running", "submit_time", running.submit_time > start_time, "after start_time"),
+        ("running", "node", node < 0, "none of the nodes"),
+        ("queued", "demand", queued.demand.max(1) == 0, "nothing; leave the job out"),
+        ("queued", "demand", ~(queued.demand[:, None] <= kinds).all(2).any(1), "more than any node has; leave it out"),
+        ("nodes", "capacity", (used > capacity + slack).any(1), "less than its running jobs take"),
+        ("nodes", "free", (free > capacity - used + slack).any(1), "more than its running jobs leave"),
+    )  # fmt: skip
+    if np.concatenate([wrong for _, _, wrong, _ in checks]).any():
+        part, field, wrong, problem = next(check for check in checks if check[2].any())
+        raise Refused((part, int(wrong.argmax()), field), problem)
+    return ClusterState(state.now, cluster, queued, running, start_time, node, finished, free)
+
+
+def _amounts(rows: list[Any], resources: int, part: str, field: str) -> np.ndarray:
+    """float64[len(rows), R]"""
+    if not set(map(len, rows)) <= {resources}:
+        index = next(index for index, row in enumerate(rows) if len(row) != resources)
+        raise Refused((part, index, field), f"{len(rows[index])} numbers, and {resources} resources")
+    return np.fromiter(chain.from_iterable(rows), float, len(rows) * resources).reshape(len(rows), resources)
+
+
+def _jobs(
+    part: str, jobs: Sequence[Job], submit: list[float], resources: int, codes: dict[Any, int] | None = None
+) -> Jobs:
+    """In the order given, with run times as requested; `codes` numbers users and executables."""
+    demand = _amounts([job.demand for job in jobs], resources, part, "demand")
+    requested, unknown = np.array([job.requested_time for job in jobs]), np.full(len(jobs), -1, np.int32)
+    user, executable = unknown, unknown
+    if codes is not None:
+        user = np.array([codes.setdefault(job.user, len(codes)) for job in jobs], np.int32)
+        executable = np.array([codes.setdefault(job.executable, len(codes)) for job in jobs], np.int32)
+    zero = np.zeros(len(jobs))
+    return Jobs(np.array(submit), requested, requested, demand, user, unknown, executable, unknown, zero, unknown)
+
+
+def _repeated(names: list[Id]) -> np.ndarray:
+    """bool[...]: which have been there before."""
+    repeated = np.zeros(len(names), bool)
+    if len(set(names)) < len(names):
+        seen: set[Id] = set()
+        for index, name in enumerate(names):
+            repeated[index] = name in seen
+            seen.add(name)
+    return repeated
+
+
+# -------------------------------------------------------------------------------------------------------- the service
+@dataclass(frozen=True)
+class Model:
+    """A policy that has been tried out, and the rule that stands in for it."""
+
+    policy: Policy
+    fallback: RulePolicy
+    version: str
+    loaded: float  # Unix time
+
+    @staticmethod
+    def load(name: str) -> "Model":
+        """
+        Raises:
+            PolicyError: there is no such policy, its file is damaged, or it fails in a small state.
+        """
+        policy = load_policy(name)
+        data = policy.path.read_bytes() if isinstance(policy, OnnxPolicy) else name.encode()
+        model = Model(policy, RulePolicy(policy.reference), hashlib.sha256(data).hexdigest()[:12], time.time())
+        try:
+            for chooser in (model.fallback, model.policy):
+                chooser.decide(model.example())
+        except PolicyError:
+            raise
+        except Exception as error:  # onnxruntime's have no class in common
+            raise PolicyError(
+                f"{name}: fails in a small state ({str(error).splitlines()[0]}); train it again"
+            ) from None
+        return model
+
+    def example(self) -> ClusterState:
+        """A job of each kind on two nodes."""
+        resources = self.policy.metadata.resources if isinstance(self.policy, OnnxPolicy) else 1
+        cluster = Cluster(np.full((2, resources), 4.0), np.ones(2), ("",) * resources)
+        job = Job(demand=[2.0] * resources, requested_time=60.0, user=1)
+        queued, one = _jobs("", [job, job], [1.0, 2.0], resources, {}), _jobs("", [job], [0.0], resources, {})
+        return ClusterState(3.0, cluster, queued, one, np.zeros(1), np.zeros(1, np.int64), one)
+
+
+class Watchdog(threading.Thread):
+    """Ends calls of the model that take too long."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.seconds, self.guarded = seconds, None
+
+    def run(self) -> None:
+        while True:
+            time.sleep(min(max(self.seconds / 4, 0.001), 0.05))
+            guarded = self.guarded
+            if guarded and time.perf_counter() - guarded[0] > self.seconds:
+                guarded[1].terminate = True
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        named = {"namespace": "resourcerl", "registry": self.registry}
+        buckets = [0.0002 * 2**k for k in range(14)]
+        self.decisions = Counter("decisions", "Decisions, by what decided", ["decided_by"], **named)
+        self.seconds = Histogram("decision_seconds", "From body to answer", buckets=buckets, **named)
+        self.queued = Gauge("queued_jobs", "Queued jobs in the last state", **named)
+        self.invalid = Counter("invalid_requests", "Requests refused", ["status"], **named)
+        self.fallbacks = Counter("fallbacks", "Answers of the rule in place of the model", ["reason"], **named)
+        self.reloads = Counter("reloads", "New files of the policy", ["result"], **named)
+        self.unrecorded = Counter("unrecorded", "Decisions that could not be recorded", **named)
+        self.policy = Info("policy", "What decides", **named)
+        ProcessCollector(registry=self.registry)
+
+
+class Recorder(RotatingFileHandler):
+    """Appends lines; a failure is counted, and delays or loses no answer."""
+
+    def __init__(self, args: Args, failures: Counter) -> None:
+        self.failures = failures
+        super().__init__(args.record, maxBytes=args.record_bytes, backupCount=args.record_files, encoding="utf-8")
+        if self.stream.tell():  # a line that a kill has cut short stays one of its own
+            self.stream.write("\n")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.failures.inc()
+
+
+class Service:
+    """Decides, with the newest policy that works."""
+
+    def __init__(self, args: Args) -> None:
+        """
+        Raises:
+            PolicyError, OSError: the policy or the record's place cannot be used.
+        """
+        self.args, self.metrics = args, Metrics()
+        self.path = Path(args.policy) if isinstance(load_policy(args.policy), OnnxPolicy) else None
+        self.seen = self._look()
+        self._use(Model.load(args.policy))
+        self.recorder = Recorder(args, self.metrics.unrecorded) if args.record else None
+        self.watchdog = Watchdog(args.deadline_ms / 1e3)
+        self.watchdog.start()
+        self.reload_wanted = asyncio.Event()
+        self._warned: set[tuple[str, str]] = set()
+
+    def decide(self, body: bytes) -> bytes:
+        """The Answer to a State, both JSON.
+
+        Raises:
+            Refused: the body is no state of a cluster, too large a one, or not of the kind that the policy knows.
+        """
+        state: State = decode(STATES, body)
+        args, model = self.args, self.model
+        for part, limit in (("nodes", args.max_nodes), ("queued", args.max_jobs), ("running", args.max_jobs)):
+            if len(getattr(state, part)) > limit:
+                raise Refused((part,), f"more than {limit}")
+        cluster, resources = cluster_state(state), len(state.nodes[0].capacity)
+        if isinstance(model.policy, OnnxPolicy) and resources != model.policy.metadata.resources:
+            problem = f"{resources} resources, and the policy was made for {model.policy.metadata.resources}"
+            raise Refused(("nodes", 0, "capacity"), problem)
+        decision, *by = self._ask(model, lambda policy: policy.decide(cluster))
+        answer = msgspec.json.encode(_answer(state, decision, *by))
+        self.metrics.queued.set(len(state.queued))
+        if self.recorder:
+            self.recorder.emit(logging.makeLogRecord({"msg": _record(body, answer)}))
+        return answer
+
+    def predict(self, body: bytes) -> bytes:
+        """The Action for an Observed, both JSON.
+
+        Raises:
+            Refused: the body is no observation that the policy can read.
+        """
+        asked: Observed = decode(OBSERVATIONS, body)
+        model = self.model
+        known = model.policy.layout or Layout(asked.queue_window or 1, asked.nodes or 1, asked.resources or 1)
+        layout = Layout(
+            asked.queue_window or known.window, asked.nodes or known.nodes, asked.resources or known.resources
+        )
+        observation = np.array(asked.observation, np.float32)
+        if len(observation) != layout.size:
+            raise Refused(("observation",), f"{len(observation)} numbers, and {layout} has {layout.size}")
+        if not np.isfinite(observation).all():
+            raise Refused(("observation", int(np.argmin(np.isfinite(observation)))), "not a finite number")
+        mask = layout.split(observation).mask
+        if not (np.isin(mask, (0, 1)).all() and mask.any()):
+            raise Refused(("observation",), "its mask is not of 0 and 1, or allows nothing")
+        ask = lambda policy: policy.predict(observation, asked.deterministic, layout)  # noqa: E731
+        return msgspec.json.encode(Action(*self._ask(model, ask)))
+
+    def describe(self) -> dict[str, Any]:
+        """What decides at present."""
+        policy = self.model.policy
+        metadata = asdict(policy.metadata) if isinstance(policy, OnnxPolicy) else None
+        return {
+            "name": policy.name,
+            "version": self.model.version,
+            "loaded": self.model.loaded,
+            "fallback": self.model.fallback.name,
+            "metadata": metadata,
+        }
+
+    async def watch(self) -> None:
+        """Load the policy's file again whenever it has changed, or on demand."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.reload_wanted.wait(), RELOAD_SECONDS)
+            seen, wanted = self._look(), self.reload_wanted.is_set()
+            self.reload_wanted.clear()
+            if wanted or seen != self.seen:
+                self.seen = seen
+                await self.reload()
+
+    async def reload(self) -> None:
+        try:
+            self._use(await asyncio.to_thread(Model.load, self.args.policy))
+        except (PolicyError, OSError) as error:
+            log.error("%s; version %s stays", error, self.model.version)
+            self.metrics.reloads.labels("refused").inc()
+        else:
+            log.info("policy %s, version %s", self.model.policy.name, self.model.version)
+            self.metrics.reloads.labels("loaded").inc()
+
+    def _use(self, model: Model) -> None:
+        self.model = model
+        self.metrics.policy.info({"name": model.policy.name, "version": model.version})
+
+    def _look(self) -> tuple[int, ...]:
+        """Changes with the policy's file."""
+        try:
+            found = self.path.stat() if self.path else None
+        except OSError:
+            found = None
+        return (found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
+
+    def _ask(self, model: Model, ask: Callable[[Policy], Any]) -> tuple[Any, str, str, str | None]:
+        """What the model says or, if it fails or is too slow, its rule; who said so, its version, and why the rule."""
+        fallback = None
+        if isinstance(model.policy, OnnxPolicy):
+            limit, began, options = self.args.deadline_ms / 1e3, time.perf_counter(), onnxruntime.RunOptions()
+            model.policy.run_options, self.watchdog.guarded = options, (began, options)
+            try:
+                said = ask(model.policy)
+            except Exception as error:  # whatever it is: a cluster waits for an answer
+                fallback = "failed" if not options.terminate else "late"
+                self._warn(model, fallback, str(error).splitlines()[0])
+            finally:
+                self.watchdog.guarded = None
+            if not fallback and time.perf_counter() - began > limit:
+                fallback = "late"
+                self._warn(model, fallback, f"more than {self.args.deadline_ms:g} ms")
+        else:
+            said = ask(model.policy)
+        chooser = model.policy
+        if fallback:
+            chooser = model.fallback
+            said = ask(chooser)
+            self.metrics.fallbacks.labels(fallback).inc()
+        self.metrics.decisions.labels(chooser.name).inc()
+        return said, chooser.name, model.version, fallback
+
+    def _warn(self, model: Model, reason: str, message: str) -> None:
+        """Once for each version; all are counted."""
+        if (model.version, reason) not in self._warned:
+            self._warned.add((model.version, reason))
+            log.warning("version %s %s (%s): %s decides", model.version, reason, message, model.fallback.name)
+
+
+def _answer(state: State, decision: Decision, decided_by: str, version: str, fallback: str | None) -> Answer:
+    """The decision in the operator's names."""
+    jobs, nodes = state.queued, state.nodes
+    start = [Start(jobs[job].id, nodes[node].name) for job, node in decision.start]
+    reserved = None
+    if decision.reserved:
+        job, node, when = decision.reserved
+        reserved = Reservation(jobs[job].id, nodes[node].name, when)
+    levels = range(len(jobs), 0, -1)
+    priorities = [Priority(jobs[job].id, level) for job, level in zip(decision.order.tolist(), levels, strict=True)]
+    return Answer(start, reserved, priorities, decided_by, version, fallback)
+
+
+def _record(body: bytes, answer: bytes) -> str:
+    """One line: in JSON, line ends are only ever white space."""
+    state = body.replace(b"\n", b" ").replace(b"\r", b" ")
+    return f'{{"state":{state.decode()},"decision":{answer.decode()}}}'
+
+
+STATES, OBSERVATIONS = msgspec.json.Decoder(State), msgspec.json.Decoder(Observed)
+
+
+# ----------------------------------------------------------------------------------------------------- over HTTP
+class BearerToken:
+    """ASGI middleware: only requests that carry the token get through."""
+
+    def __init__(self, app: ASGIApp, token: bytes) -> None:
+        self.app, self.expected = app, b"Bearer " + token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.expected):
+                refusal = _json(Refusal([Problem(["header", "authorization"], "not the token")]), 401)
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                return await refusal(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    data = content if isinstance(content, bytes) else msgspec.json.encode(content)
+    return Response(data, status, media_type="application/json")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """
+    Raises:
+        Refused: it is not JSON, larger than the limit, or does not arrive.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused((), "send Content-Type: application/json", 415)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise Refused((), f"more than {limit} bytes", 413)
+    except TimeoutError:
+        raise Refused((), f"not there within {BODY_SECONDS:g} s", 408) from None
+    return bytes(body)
+
+
+def create_app(service: Service, token: bytes | None = None) -> FastAPI:
+    """The service over HTTP; with a token, only for those who carry it."""
+    app = FastAPI(title="ResourceRL", version="1", docs_url=None, redoc_url=None)
+    metrics, limit = service.metrics, service.args.max_body_bytes
+
+    @app.post("/v1/decisions", summary="What to start now and where, and the priority of every queued job",
+              **_contract(State, Answer))  # fmt: skip
+    async def decisions(request: Request) -> Response:
+        body = await read_body(request, limit)
+        with metrics.seconds.time():
+            return _json(service.decide(body))
+
+    @app.post("/v1/predict", summary="The action for a raw observation", **_contract(Observed, Action))
+    async def predict(request: Request) -> Response:
+        return _json(service.predict(await read_body(request, limit)))
+
+    @app.get("/v1/model", summary="What decides")
+    async def model() -> dict[str, Any]:
+        return service.describe()
+
+    @app.get("/healthz", summary="Whether the service lives")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="Whether it can decide")
+    async def readyz() -> dict[str, str]:
+        return {"status": "ok", "version": service.model.version}
+
+    @app.get("/metrics", summary="Prometheus' metrics", response_class=Response,
+             responses={200: {"content": {"text/plain": {}}}})  # fmt: skip
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(Refused)
+    async def refuse(request: Request, refused: Refused) -> Response:
+        metrics.invalid.labels(refused.status).inc()
+        return _json(refused.refusal, refused.status)
+
+    app.openapi = lambda: _openapi(app, token is not None)
+    if token is not None:
+        app.add_middleware(BearerToken, token=token)
+    return app
+
+
+def _contract(sent: type, answered: type) -> dict[str, Any]:
+    """The OpenAPI of a route that reads its body itself: msgspec's schemas, by name."""
+
+    def content(kind: type) -> dict[str, Any]:
+        return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}}
+
+    refusals = {408: "too slow", 413: "too large", 415: "no JSON", 422: "refused, with the field"}
+    return {
+        "response_class": Response,
+        "openapi_extra": {"requestBody": {"required": True, **content(sent)}},
+        "responses": {
+            200: {"description": answered.__name__, **content(answered)},
+            **{status: {"description": text, **content(Refusal)} for status, text in refusals.items()},
+        },
+    }
+
+
+def _openapi(app: FastAPI, token: bool) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, schemas = msgspec.json.schema_components(
+            [State, Answer, Observed, Action, Refusal], ref_template="#/components/schemas/{name}"
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        if token:
+            document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                for operation in operations.values() if path not in OPEN_PATHS else ():
+                    operation["security"] = [{"token": []}]
+                    operation["responses"]["401"] = {"description": "without the token"}
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+# -------------------------------------------------------------------------------------------------------- the program
+def read_token(args: Args) -> bytes | None:
+    """
+    Raises:
+        ValueError: the token is missing where one is needed, or empty.
+        OSError: its file cannot be read.
+    """
+    if args.token_file is None:
+        if args.unix_socket is None and not _is_loopback(args.host):
+            raise ValueError(f"--host {args.host}: others can reach it; give a --token-file, or use 127.0.0.1")
+        return None
+    token = args.token_file.read_bytes().strip()
+    if not token:
+        raise ValueError(f"{args.token_file}: no token; write one: openssl rand -hex 32 > {args.token_file}")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(args: Args) -> socket.socket:
+    """
+    Raises:
+        OSError: the address is taken or not ours.
+    """
+    if args.unix_socket is None:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        return socket.create_server((args.host, args.port), family=family, backlog=1024)
+    if args.unix_socket.is_socket():  # what a killed service left; a living one is left alone
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(args.unix_socket)) == 0:
+                raise OSError(f"{args.unix_socket}: another service listens there")
+        args.unix_socket.unlink()
+    listener, mask = socket.socket(socket.AF_UNIX), os.umask(0o117)
+    try:
+        listener.bind(str(args.unix_socket))
+    finally:
+        os.umask(mask)
+    listener.listen(1024)
+    return listener
+
+
+async def serve(service: Service, app: FastAPI, listener: socket.socket) -> None:
+    """Until SIGTERM or Ctrl-C."""
+    config = uvicorn.Config(
+        app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
+        timeout_keep_alive=75, timeout_graceful_shutdown=5, limit_concurrency=1024,
+    )  # fmt: skip
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload_wanted.set)
+    watching = asyncio.create_task(service.watch())
+    await uvicorn.Server(config).serve(sockets=[listener])
+    watching.cancel()
+
+
+def main(args: Args) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        token = read_token(args)
+        service = Service(args)
+        listener = listen(args)
+    except (ValueError, OSError) as error:
+        fail(error)
+    where = args.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
+    gc.collect()
+    gc.freeze()  # or the collector goes through all that was imported, for tens of milliseconds, in some request
+    log.info("policy %s, version %s, at %s", service.model.policy.name, service.model.version, where)
+    uvloop.run(serve(service, create_app(service, token), listener))
+
+
+def fail(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
