@@ -205,7 +205,7 @@ def decode(decoder: msgspec.json.Decoder, body: bytes) -> Any:
         if field := re.fullmatch(r"Object (?:missing required|contains unknown) field `(.*)`", message):
             where.append(field[1])
         raise Refused(where, message) from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         for where in _not_finite(body):  # Python and JavaScript write NaN, which JSON does not know
             raise Refused(where, "not a finite number") from None
         raise Refused((), f"{error}; send JSON") from None
@@ -239,7 +239,11 @@ def cluster_state(state: State) -> ClusterState:
     try:
         cluster = Cluster(capacity, np.array([node.speed for node in state.nodes]), ("",) * resources)
     except WorkloadError as error:
-        raise Refused(("nodes",), str(error)) from None
+        raise Refused(("nodes", "capacity"), str(error)) from None
+    if capacity.max(0).min() < 1e-6:
+        raise Refused(("nodes", "capacity"), "a resource of which no node has 1e-6; use smaller units")
+    if state.resources is not None and len(state.resources) != resources:
+        raise Refused(("resources",), f"{len(state.resources)} names, and {resources} resources")
     submitted = [job.start_time if job.submit_time is None else job.submit_time for job in state.running]
     # Whose job it is counts only where something is known of its user.
     codes: dict[Any, int] | None = {None: -1} if state.finished else None
@@ -267,7 +271,7 @@ def cluster_state(state: State) -> ClusterState:
         ("running", "start_time", start_time > state.now, "after now"),
         ("running", "submit_time", running.submit_time > start_time, "after start_time"),
         ("running", "node", node < 0, "none of the nodes"),
-        ("queued", "demand", queued.demand.max(1) == 0, "nothing; leave the job out"),
+        ("queued", "demand", queued.demand.max(1, initial=0) == 0, "nothing; leave the job out"),
         ("queued", "demand", ~(queued.demand[:, None] <= kinds).all(2).any(1), "more than any node has; leave it out"),
         ("nodes", "capacity", (used > capacity + slack).any(1), "less than its running jobs take"),
         ("nodes", "free", (free > capacity - used + slack).any(1), "more than its running jobs leave"),
@@ -448,7 +452,8 @@ class Service:
         layout = Layout(
             asked.queue_window or known.window, asked.nodes or known.nodes, asked.resources or known.resources
         )
-        observation = np.array(asked.observation, np.float32)
+        with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused
+            observation = np.array(asked.observation, np.float32)
         if len(observation) != layout.size:
             raise Refused(("observation",), f"{len(observation)} numbers, and {layout} has {layout.size}")
         if not np.isfinite(observation).all():

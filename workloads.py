@@ -1,4 +1,4 @@
-"""Where jobs and clusters come from: SWF traces, the Lublin-Feitelson model, generated clusters.
+"""Where jobs and clusters come from: SWF traces, recorded decisions, the Lublin-Feitelson model, generated clusters.
 
     python -c "import workloads; print(workloads.load_workload('cloud').cluster)"
     python -c "import workloads; print(workloads.load_workload('my_cluster.swf.gz', 'test').segments)"
@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -131,7 +132,7 @@ def load_workload(
     """The named split of a preset or of a trace.
 
     Args:
-        name: one of PRESETS, or the path of an SWF trace, plain or gzipped.
+        name: one of PRESETS, or the path of an SWF trace, plain or gzipped, or of what serve.py has recorded (.jsonl).
         split: "train", "validation", "test", or "all" of them. A trace is cut by order of submission at 60 % and 70 %;
             the splits of a preset have disjoint seeds.
         seed, runs, run_jobs: for presets only: which runs, how many, and how many jobs each.
@@ -145,7 +146,7 @@ def load_workload(
         return _generated(name, split, seed, runs, run_jobs)
     if not os.path.exists(name):
         raise WorkloadError(f"{name}: no such file or preset; the presets are {', '.join(PRESETS)}")
-    jobs, cluster, skipped = jobs_from_swf(read_swf(name))
+    jobs, cluster, skipped = read_decisions(name) if name.endswith(".jsonl") else jobs_from_swf(read_swf(name))
     cuts = {"train": (0.0, 0.6), "validation": (0.6, 0.7), "test": (0.7, 1.0), "all": (0.0, 1.0)}[split]
     first, last = (int(cut * len(jobs)) for cut in cuts)
     if first == last:
@@ -394,6 +395,96 @@ def write_swf(path: str | os.PathLike[str], jobs: Jobs, cluster: Cluster) -> Non
 
 def _shortest(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the decision service has recorded (serve.py --record)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_decisions(path: str | os.PathLike[str]) -> tuple[Jobs, Cluster, dict[str, int]]:
+    """The recorded jobs by submit time, the cluster as it was last, and how many were skipped for which reason.
+
+    Rotated parts (`path.1` is the latest) are read first. A job's run time is the one that it was reported with as
+    finished; else it ran until the first state in which it no longer does.
+
+    Raises:
+        WorkloadError: the file cannot be read, or no job in it has run from start to end.
+    """
+    path, skipped = Path(path), Counter[str]()
+    jobs: dict[str | int, dict[str, Any]] = {}
+    state: dict[str, Any] = {"nodes": []}
+    started: set[str | int] = set()
+    for state, decision in _recorded(path, skipped):
+        now, speed = state["now"], {node["name"]: node.get("speed", 1.0) for node in state["nodes"]}
+        queued, running = ({job["id"]: job for job in state.get(part, ())} for part in ("queued", "running"))
+        for key, job in (queued | running).items():
+            jobs.setdefault(key, {}).update(job)
+        for job in state.get("finished", ()):
+            if job.get("id") in jobs:
+                jobs[job["id"]]["run_time"] = job["run_time"]
+        for key in started - running.keys() - queued.keys():
+            jobs[key].setdefault("run_time", (now - jobs[key]["start_time"]) * jobs[key]["speed"])
+        for key, job in running.items():
+            jobs[key]["speed"] = speed[job["node"]]
+        for start in decision["start"]:
+            jobs[start["job"]] |= {"start_time": now, "speed": speed[start["node"]]}
+        started = running.keys() | {start["job"] for start in decision["start"]}
+    return _recorded_jobs(path, jobs, state, skipped)
+
+
+def _recorded(path: Path, skipped: Counter[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(state, decision) in order; lines that a kill has cut short are counted."""
+    parts = [part for part in path.parent.glob(f"{path.name}.*") if part.suffix[1:].isdigit()]
+    for part in [*sorted(parts, key=lambda part: -int(part.suffix[1:])), path]:
+        try:
+            with part.open(encoding="utf-8") as lines:
+                for line in filter(str.strip, lines):
+                    try:
+                        record = json.loads(line)
+                        yield record["state"], record["decision"]
+                    except (ValueError, KeyError, TypeError):
+                        skipped["record cut short"] += 1
+        except (OSError, UnicodeDecodeError) as error:
+            raise WorkloadError(f"{part}: {error}; give a file that serve.py --record has written") from error
+
+
+def _recorded_jobs(
+    path: Path, found: dict[str | int, dict[str, Any]], last: dict[str, Any], skipped: Counter[str]
+) -> tuple[Jobs, Cluster, dict[str, int]]:
+    """Those that have run, in arrays; `last` is the last state."""
+    nodes = last["nodes"]
+    ran = {key: job for key, job in found.items() if job.get("run_time", 0) > 0}
+    skipped["not run to the end"] += len(found) - len(ran)
+    capacity = np.array([node["capacity"] for node in nodes], float)
+    fits = {key: job for key, job in ran.items() if (np.array(job["demand"]) <= capacity).all(axis=1).any()}
+    skipped["larger than any node"] += len(ran) - len(fits)
+    if not fits:
+        raise WorkloadError(f"{path}: no job in it has run from start to end; record for longer")
+    for job in fits.values():
+        job["start_time"] = job.get("start_time", job.get("submit_time"))
+        if job.get("submit_time") is None:
+            job["submit_time"] = job["start_time"]
+    keys = sorted(fits, key=lambda key: fits[key]["submit_time"])
+    submit, start, run, requested = (
+        np.array([fits[key][field] for key in keys], float)
+        for field in ("submit_time", "start_time", "run_time", "requested_time")
+    )
+    users, executables = (_codes([fits[key].get(field) for key in keys]) for field in ("user", "executable"))
+    unknown = np.full(len(keys), -1, np.int32)
+    jobs = Jobs(
+        submit, run, requested, np.array([fits[key]["demand"] for key in keys], float), users, unknown, executables,
+        unknown, start - submit, np.arange(1, len(keys) + 1),
+    )  # fmt: skip
+    names = tuple(last.get("resources") or (f"resource {r}" for r in range(capacity.shape[1])))
+    cluster = Cluster(capacity, np.array([node.get("speed", 1.0) for node in nodes], float), names)
+    return jobs, cluster, {reason: count for reason, count in skipped.items() if count}
+
+
+def _codes(names: Sequence[Any]) -> np.ndarray:
+    """int32[...]: numbers for names, in order of appearance, -1 for None."""
+    codes: dict[Any, int] = {None: -1}
+    return np.array([codes.setdefault(name, len(codes) - 1) for name in names], np.int32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Args:
     """or how many, if that comes first"""
 
 
-def state_at(schedule: Schedule, now: float) -> dict[str, Any]:
+def state_at(schedule: Schedule, now: float, history: bool = False) -> dict[str, Any]:
     """What an operator would send at that moment of a schedule, before anything starts."""
     jobs, start, end = schedule.jobs, schedule.start_time, schedule.start_time + schedule.service_time
     nodes = [{"name": f"n{m}", "capacity": row} for m, row in enumerate(schedule.cluster.capacity.tolist())]
@@ -55,9 +55,14 @@ def state_at(schedule: Schedule, now: float) -> dict[str, Any]:
             "demand": jobs.demand[i].tolist(),
         }  # fmt: skip
 
-    running = np.flatnonzero((start < now) & (end > now))
+    running, finished = np.flatnonzero((start < now) & (end > now)), np.flatnonzero(end <= now)
+    finished = finished[np.lexsort((start[finished], end[finished]))] if history else finished[:0]
     return {
         "now": float(now),
+        "finished": [
+            {k: v for k, v in job(i).items() if k != "submit_time"} | {"run_time": float(jobs.run_time[i])}
+            for i in finished
+        ],
         "resources": list(schedule.cluster.resources),
         "nodes": nodes,
         "running": [job(i) | {"start_time": float(start[i]), "node": f"n{schedule.node[i]}"} for i in running],
@@ -70,7 +75,7 @@ def busy_states(jobs: int, nodes: int, count: int = 64) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     cluster = Cluster(np.tile([[32.0, 128.0], [64.0, 256.0]], (nodes, 1))[:nodes], np.ones(nodes), ("cpu", "memory"))
     flavours = [[4, 16], [8, 32], [16, 64], [32, 128]]
-    many = generate_jobs(rng, 40 * (jobs + 4 * nodes), cluster, flavours=flavours, load=1.3)
+    many = generate_jobs(rng, 20 * (jobs + 4 * nodes), cluster, flavours=flavours, load=1.3)
     [schedule] = simulate(Workload("load", cluster, many, np.array([[0, len(many)]]), {}), "easy-sjf")
     now = np.unique(schedule.start_time)
     queued = np.searchsorted(many.submit_time, now, "right") - np.searchsorted(

@@ -72,6 +72,17 @@ def write_policy(path: Path, *, follow: float = 9.0, metadata: object = None, **
     return path
 
 
+def write_random_policy(path: Path, cluster: Cluster, seed: int = 2, **changes: object) -> Path:
+    """A policy.onnx of PPO's network with random weights, so that every feature counts."""
+    torch.manual_seed(seed)
+    nodes, resources = cluster.capacity.shape
+    agent = Agent(resources, rule_bonus=0.0)
+    torch.nn.init.normal_(agent.query.weight, std=1.0)
+    meta = META | {"reference": "easy-wfp3+sjf", "nodes": nodes, "resources": resources} | changes
+    export_onnx(agent, path, se.Layout(16, nodes, resources), meta)
+    return path
+
+
 @pytest.fixture
 def policy(tmp_path: Path) -> OnnxPolicy:
     return load_policy(str(write_policy(tmp_path / "run" / "policy.onnx")))
@@ -247,14 +258,9 @@ def test_a_rule_decides_as_it_schedules(workload: str, rule: str) -> None:
 @pytest.mark.parametrize("backfill", ["easy", "none"])
 @pytest.mark.parametrize("workload", ["hpc", "cloud", "datacenter"])
 def test_a_network_decides_as_it_schedules(tmp_path: Path, workload: str, backfill: str) -> None:
-    """Random weights, so that every feature counts: also the history, and jobs outside the window."""
+    """Also with the history, and with jobs outside the window."""
     jobs = at_loads(load_workload(workload, "test", runs=1, run_jobs=250), [2.0])
-    torch.manual_seed(2)
-    agent, (nodes, resources) = Agent(jobs.cluster.capacity.shape[1], rule_bonus=0.0), jobs.cluster.capacity.shape
-    torch.nn.init.normal_(agent.query.weight, std=1.0)
-    meta = META | {"reference": "easy-wfp3+sjf", "backfill": backfill, "nodes": nodes, "resources": resources}
-    export_onnx(agent, tmp_path / "policy.onnx", se.Layout(16, nodes, resources), meta)
-    policy = load_policy(str(tmp_path / "policy.onnx"))
+    policy = load_policy(str(write_random_policy(tmp_path / "policy.onnx", jobs.cluster, backfill=backfill)))
     assert_decides_as_it_schedules(policy, jobs)
     assert_decides_as_it_schedules(policy, jobs, window=40)
 
