@@ -239,7 +239,8 @@ class OnnxPolicy(Policy):
         ranked, others = visible[:0], _without(moment.rule_order(), visible)
         observation, more = moment.observe(layout)
         while more or len(ranked) < len(visible):
-            logits = self._legal_logits(layout.split(observation[None]))
+            parts = layout.split(observation[None])
+            logits = np.where(parts.mask[0] > 0, self.choices(parts)[0], -np.inf)
             if not len(ranked):  # before anything is reserved, all jobs have a score
                 best = logits[:-1].reshape(layout.window, layout.nodes).max(1)[: len(visible)]
                 ranked = visible[np.argsort(-best, kind="stable")]
@@ -249,13 +250,6 @@ class OnnxPolicy(Policy):
             choices.append(moment.act(action))
             observation, more = moment.observe(layout)
         return _decision(moment, choices, np.concatenate([ranked, others]))
-
-    def _legal_logits(self, parts: Observation) -> np.ndarray:
-        """float32[K*M + 1] of one observation, -inf for what is not legal."""
-        logits = np.where(parts.mask[0] > 0, self._logits(parts)[0], -np.inf)
-        if not np.isfinite(logits.max()):
-            raise PolicyError(f"{self.path}: the network's answer is no number; train it again")
-        return logits
 
     def _check_resources(self, cluster: Cluster, name: str) -> None:
         meta, resources = self.metadata, cluster.capacity.shape[1]
@@ -292,8 +286,8 @@ class OnnxPolicy(Policy):
         return schedules
 
     def choices(self, parts: Observation) -> np.ndarray:
-        """float32[B, K*M + 1]: the logits as they are, the best of which decide a replay: what it measures is the
-        policy itself, so what `predict` would mend is refused.
+        """float32[B, K*M + 1]: the logits as they are, the best of which decide in `schedule` and `decide`: there it is
+        the policy itself that counts, so what `predict` would mend is refused.
 
         Raises:
             PolicyError: the network does not run, or its best logit is NaN or of an action that the mask forbids.

@@ -409,7 +409,7 @@ class Service:
             PolicyError, OSError: the policy or the record's place cannot be used.
         """
         self.args, self.metrics = args, Metrics()
-        self.path = Path(args.policy) if isinstance(load_policy(args.policy), OnnxPolicy) else None
+        self.path = getattr(load_policy(args.policy), "path", None)  # a rule has none
         self.seen = self._look()
         self._use(Model.load(args.policy))
         self.recorder = Recorder(args, self.metrics.unrecorded) if args.record else None
