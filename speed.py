@@ -246,7 +246,7 @@ def learner(args: Speed, script: ModuleType, last: Callable[[Any], None]) -> dic
             # A short loop would validate too often.
             validation = np.mean(validations) * usual.num_evaluations * decisions / usual.total_timesteps
             parts = dict(zip(PARTS, (sum(steps), rest, sum(updates), validation), strict=True))
-            runs.append({"decisions": decisions, "update_seconds": np.mean(updates), **parts})
+            runs.append({"decisions": decisions, "update_seconds": sum(updates) / max(1, len(updates)), **parts})
         last(trainer)
         return True
 

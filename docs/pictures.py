@@ -1,4 +1,5 @@
-"""Draws docs/gantt.png: the same jobs on the same machine under FIFO and under a better order.
+"""Draws docs/gantt.png, the same jobs on the same machine under FIFO and under a better order, and docs/environment.png,
+what the environment renders.
 
     python docs/pictures.py                                        # `make docs`
     python docs/pictures.py fifo easy-sjf runs/<run>/policy.onnx   # other policies, or more of them
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's files, whatever folder this is called from
 
 from policies import load_policy
-from scheduler_env import Schedule
+from scheduler_env import Schedule, SchedulerVectorEnv
 from workloads import load_workload
 
 FIRST, JOBS = 1_000, 40  # forty jobs of the hpc preset that queue up
@@ -78,7 +79,17 @@ def picture(names: list[str]) -> Image.Image:
     return image
 
 
+def rendered() -> Image.Image:
+    """Five hundred decisions into an episode of the cloud preset."""
+    envs = SchedulerVectorEnv(1, "cloud", render_mode="rgb_array")
+    envs.reset(seed=1)
+    for _ in range(500):
+        envs.step(envs.rule_actions())
+    return Image.fromarray(envs.render()[0])
+
+
 if __name__ == "__main__":
-    path = Path(__file__).with_name("gantt.png")
-    picture(sys.argv[1:] or ["fifo", "easy-sjf"]).quantize(128).save(path, optimize=True)
-    print(path)
+    for name, image in (("gantt", picture(sys.argv[1:] or ["fifo", "easy-sjf"])), ("environment", rendered())):
+        path = Path(__file__).with_name(f"{name}.png")
+        image.quantize(128).save(path, optimize=True)
+        print(path)
