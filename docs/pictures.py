@@ -1,5 +1,4 @@
-"""Draws docs/gantt.png, the same jobs on the same machine under FIFO and under a better order, and environment.png, what
-the environment renders.
+"""Draws docs/gantt.png, the same jobs on the same machine under FIFO and under a better order; and environment.png.
 
     python docs/pictures.py                                        # `make docs`
     python docs/pictures.py fifo easy-sjf runs/<run>/policy.onnx   # other policies, or more of them
