@@ -355,7 +355,7 @@ def agreement(results: dict[str, Any], look: Look) -> str:
 def at_loads(results: dict[str, Any], look: Look) -> list[str]:
     """Where the load decides whether a policy waits longer than easy-fifo, in plain words."""
     text = []
-    for name in look.shown:
+    for name in dict.fromkeys((results["best_rule"], *results["trained"])):
         figures = {point["factor"]: point["policies"][name]["to_easy_fifo"] for point in results["loads"]}
         better = [load for load, figure in figures.items() if figure["side"] < 0]
         worse = [load for load, figure in figures.items() if figure["side"] > 0]
@@ -634,10 +634,7 @@ def attention(results: dict[str, Any], name: str, look: Look) -> Plot:
     return Plot(f"attention-{place}", caption, figure)
 
 
-CURVES = {
-    "eval/improvement": "better than the best rule (%)",
-    "charts/episodic_return": "return of training episodes (%)",
-}
+CURVES = {"eval/improvement": "validation (%)", "charts/episodic_return": "training (%)"}
 
 
 def learning_curves(curves: dict[str, Any], look: Look) -> Plot:
@@ -654,7 +651,10 @@ def learning_curves(curves: dict[str, Any], look: Look) -> Plot:
         axis.set_ylabel(CURVES[tag])
     axis.set_xlabel("million decisions")
     legend(figure, axis)
-    caption = "Learning curves from TensorBoard's events: replays of the validation split, and training episodes."
+    caption = (
+        "Learning curves from TensorBoard's events: how much better than the best rule on the validation split, and "
+        "than the reference rule in training episodes."
+    )
     return Plot("learning", caption, figure)
 
 
