@@ -506,7 +506,7 @@ def pooled(release, work, weight, shortest):  # type: ignore[no-untyped-def]
     """One machine that may leave any job and come back works off float64[N] seconds of work released in this order.
 
     It serves the job with the least work left (shortest: minimises the sum of ends, Schrage 1968), or with the least
-    work per weight (minimises the weighted sum of the mean instants of service, Goemans 1996).
+    work per weight (minimises the weighted sum of the mean instants of service, Goemans et al. 2002).
 
     Returns:
         float64[N], float64[N], int64[N]: each job's end, mean instant of service, and busy period (numbered).

@@ -346,9 +346,12 @@ def agreement(results: dict[str, Any], look: Look) -> str:
         )
     text = f"The protocols disagree. In {what}, as in the literature, {best_there} is the best; "
     text += "so it is in continuous operation" if best == best_there else f"in continuous operation it is {best}"
-    for name in found["change_sides"]:
+    named = sorted(found["change_sides"], key=lambda name: name not in look.shown)[:3]
+    for name in named:
         there, here = (found[p]["policies"][name]["to_easy_fifo"]["mean"] for p in ("windows", "continuous"))
         text += f"; against easy-fifo, {look.labels[name]} is at {percent(there)} there and at {percent(here)} here"
+    if more := len(found["change_sides"]) - len(named):
+        text += f"; {more} more change sides against easy-fifo (see the table)"
     return f"{text}. Long queues and starvation only show in continuous operation, so that is what counts."
 
 
