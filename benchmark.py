@@ -16,6 +16,7 @@ import hashlib
 import heapq
 import json
 import math
+import os
 import platform
 import re
 import shlex

@@ -145,7 +145,7 @@ def test_defaults_are_those_of_the_scripts() -> None:
     assert len(rows) >= 15
     for flag, default in rows:
         value = known[flag.replace("-", "_")]
-        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         assert default.replace("_", "") == text.replace("_", ""), f"--{flag}"
 
 
