@@ -9,6 +9,7 @@ jobs as asked for. Clients keep their connections, and send a state when the ans
 
 import asyncio
 import json
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -119,6 +120,16 @@ class Client(asyncio.Protocol):
         self.done.set_result(None)
 
 
+def wait_for_service(args: Args) -> None:
+    """Until its port is open, for a minute at most."""
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex((args.host, args.port)) == 0:
+                return
+        time.sleep(0.1)
+    sys.exit(f"error: nobody answers at {args.host}:{args.port}; start serve.py")
+
+
 async def load(args: Args, states: list[dict[str, Any]]) -> tuple[np.ndarray, int, float]:
     """Seconds of every request, how many failed, and how long it took."""
     head = "POST /v1/decisions HTTP/1.1\r\nHost: load\r\nContent-Type: application/json\r\nContent-Length: "
@@ -138,6 +149,7 @@ def main(args: Args) -> None:
     states = busy_states(args.jobs, args.nodes)
     queued, running = (np.array([len(state[part]) for state in states]) for part in ("queued", "running"))
     print(f"{len(states)} states: {queued.mean():.0f} queued, {running.mean():.0f} running jobs, {args.nodes} nodes")
+    wait_for_service(args)
     seconds, errors, took = uvloop.run(load(args, states))
     p50, p99 = np.percentile(seconds, (50, 99)) * 1e3
     print(f"{len(seconds):,} requests, {errors} errors, {len(seconds) / took:,.0f}/s with {args.clients} client(s)")

@@ -5,18 +5,26 @@ it would do.
 """
 
 import gzip
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+from load import state_at
 
 from benchmark import Compare
 from docs.lines import with_lines
 from ppo_scheduler import Args
+from scheduler_env import simulate
+from serve import Args as ServeArgs
+from serve import Service
+from workloads import load_workload
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,7 +50,17 @@ COMMANDS = {
     "wandb sweep": "--help",  # these two want an account; tests/test_sweep.py does what they do
     "wandb agent": "--help",
     "wandb sync": "--help",
+    # It would serve for ever: started, asked for the state that docs/deploy.md shows, and told to end.
+    "python serve.py": "--port 0 & sleep 6; kill $!; wait $!; test $? = 143",
+    "curl": "--fail --retry 30 --retry-delay 1 --retry-connrefused",
+    "python tests/load.py": "--seconds 0.1 --jobs 8 --nodes 2",
 }
+ASK = ("curl", "python tests/load.py")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def blocks(language: str) -> list[str]:
@@ -69,7 +87,12 @@ def short(command: str) -> str:
             command = re.sub(r"[\w.-]+\.swf\.gz", "my_cluster.swf.gz", command)
             command = re.sub(r"python (\w+\.py)", rf"python {ROOT}/\1", command)
             command = re.sub(r"(?<![\w/])(tests|sweeps)/", rf"{ROOT}/\1/", command)
-            return f"{command} {flags}"
+            command = f"{command} {flags}"
+            if begin in ASK:  # of a service that lives as long as the command takes
+                port = free_port()
+                command = command.replace("localhost:8000", f"localhost:{port}") + f" --port {port}" * (begin != "curl")
+                command = f"python {ROOT}/serve.py --policy easy-sjf --port {port} & trap 'kill $!' EXIT; {command}"
+            return command
     raise ValueError(f"no test covers the command {command!r}; add it to COMMANDS")
 
 
@@ -80,6 +103,14 @@ def workload_of(command: str) -> str:
     return found[1] if found else "cloud"
 
 
+def write_record(path: Path) -> None:
+    """What the decision service would have recorded of 400 jobs."""
+    [schedule] = simulate(load_workload("cloud", "test", runs=1, run_jobs=400), "easy-fifo")
+    service = Service(ServeArgs("easy-fifo", record=path))
+    for now in np.unique([schedule.jobs.submit_time, schedule.start_time + schedule.service_time]):
+        service.decide(json.dumps(state_at(schedule, now)).encode())
+
+
 class Reader:
     """Types the commands in a folder with the traces that the README names; what is typed twice runs once."""
 
@@ -87,6 +118,8 @@ class Reader:
         self.folder, self.done = folder, {}
         small = (ROOT / "tests" / "data" / "small.swf").read_bytes()
         (folder / "my_cluster.swf.gz").write_bytes(gzip.compress(small, 1))
+        (folder / "state.json").write_text(next(block for block in blocks("json") if '"queued"' in block))
+        write_record(folder / "decisions.jsonl")
         if SHARED.is_dir():
             (folder / "traces").symlink_to(SHARED / "traces")
             (folder / "rlscheduler.json").symlink_to(SHARED / "reference" / "rlscheduler.json")
@@ -109,7 +142,7 @@ class Reader:
         training = (line for line in bash_lines() if line.startswith("python ppo_scheduler.py") and "RUN" not in line)
         done = self.types(next(line for line in training if workload_of(line) == workload))
         assert done.returncode == 0, done.stderr
-        name = re.sub(r"\S+\.swf\.gz", "my_cluster", workload)
+        name = re.sub(r"\S+\.swf\.gz", "my_cluster", workload).removesuffix(".jsonl")
         return f"runs/{min(path.name for path in (self.folder / 'runs').glob(f'{name}__ppo_scheduler__*'))}"
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,6 +90,20 @@ def test_a_decision_by_hand() -> None:
     levels = [("b", 4), (3, 3), ("d", 2), ("a", 1)]
     assert answer["priorities"] == [{"job": job, "priority": level} for job, level in levels]
     assert answer["decided_by"] == "easy-fifo" and answer["fallback"] is None
+
+
+def test_docs_deploy_shows_what_happens() -> None:
+    """Its state, answer and refusal, and its flags with their defaults."""
+    page = (ROOT / "docs/deploy.md").read_text()
+    state, answer, refusal = map(json.loads, re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[:3])
+    assert post(client(), state).json() == answer
+    state["queued"][1]["submit_time"] = state["now"] + 1
+    assert post(client(), state).json() == refusal
+    section = page[page.index("### Flags") : page.index("### Record")]
+    flags = dict(re.findall(r"^\| `--([\w-]+)` \| `(.*?)` \|", section, re.MULTILINE))
+    fields = [field for field in dataclasses.fields(Args) if field.name != "policy"]
+    expected = {field.name.replace("_", "-"): str(field.default) for field in fields}
+    assert {flag: default.replace("_", "") for flag, default in flags.items()} == expected
 
 
 @pytest.mark.parametrize("name", ["easy-wfp3+sjf", "easy-sjf-history", "network"])
