@@ -232,19 +232,21 @@ def learner(args: Speed, script: ModuleType, last: Callable[[Any], None]) -> dic
 
     def repeat(trainer: Any, *others: Any) -> bool:
         for _ in range(args.repetitions + 1):
-            trainer.iteration, steps, updates, validations = 0, [], [], []
+            trainer.iteration, steps, updates, validations, checkpoints = 0, [], [], [], []
             with (
                 timed(trainer.envs, "step", steps),
                 timed(script, "update", updates),
                 timed(trainer, "validate", validations),
+                timed(trainer, "checkpoint", checkpoints),
             ):
                 begin = time.perf_counter()
                 train(trainer, *others)
                 whole = time.perf_counter() - begin
             decisions = len(steps) * args.num_envs
-            rest = whole - sum(steps) - sum(updates) - sum(validations)  # the forward passes of the rollout, above all
+            rest = whole - sum(steps + updates + validations + checkpoints)  # the forward passes of the rollout, mostly
             # A short loop would validate too often.
-            validation = np.mean(validations) * usual.num_evaluations * decisions / usual.total_timesteps
+            validation = np.mean(validations) + np.mean(checkpoints)
+            validation *= usual.num_evaluations * decisions / usual.total_timesteps
             parts = dict(zip(PARTS, (sum(steps), rest, sum(updates), validation), strict=True))
             runs.append({"decisions": decisions, "update_seconds": sum(updates) / max(1, len(updates)), **parts})
         last(trainer)

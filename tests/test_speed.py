@@ -29,7 +29,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }.items():  # fmt: skip
             change.setattr(speed, name, value)
         change.chdir(folder)
-        flags = ["--workload", SMALL, "--repetitions", "1", "--seconds", "0.02", "--num-envs", "4", "--num-steps", "64"]
+        flags = [
+            "--workload",
+            SMALL,
+            "--repetitions",
+            "1",
+            "--seconds",
+            "0.02",
+            "--num-envs",
+            "8",
+            "--num-steps",
+            "256",
+        ]
         change.setattr(sys, "argv", ["benchmark.py", "speed", *flags, "--output", "speed.json"])
         benchmark.main()
     assert {path.name for path in folder.iterdir()} == {"speed.json", "speed.png", "speed.svg"}  # and no runs/
