@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 TRAIN ?= --total-timesteps 400000
 
-.PHONY: setup setup-dev train test lint format docs speed
+.PHONY: setup setup-dev train test lint format docs speed slurm-demo slurm-packages
 
 setup: .venv/setup
 setup-dev: .venv/setup-dev
@@ -41,3 +41,10 @@ docs: setup
 # docs/speed.json and its plot; needs a quiet machine for ten minutes.
 speed: setup-dev
 	$(BIN)/python benchmark.py speed --output docs/speed.json
+
+# The same jobs on a real Slurm on this machine, in Slurm's order and in a policy's (root, Debian; about 12 minutes).
+slurm-demo: setup slurm-packages
+	$(BIN)/python tests/slurm/demo.py $(DEMO)
+
+slurm-packages:
+	@tests/slurm/install.sh
