@@ -1,0 +1,783 @@
+"""Drives a real Slurm cluster with a policy: reads the queue over slurmrestd's unix socket, sets the jobs' priorities.
+
+    python slurm_agent.py --policy runs/RUN/policy.onnx --mode shadow     # says what it would do, changes nothing
+    python slurm_agent.py --policy runs/RUN/policy.onnx --mode live --metrics-port 9101
+    python slurm_agent.py export --inputs jobcomp.log --output my_cluster.swf.gz   # finished jobs, to train on
+
+Slurm keeps placement and backfilling; the agent only says in which order the pending jobs come. It keeps nothing that
+Slurm does not know: killed at any moment it goes on from what Slurm says, and a cluster whose agent is dead has the
+last order, with new jobs behind it in the order of their submission.
+
+The cluster is one pool of processors, as in an SWF trace. Spoken is version 0.0.38 of Slurm's REST API (Slurm 22.05).
+Times are seconds since 1970. The longest path through the file: main, Agent.run, Agent.one_pass.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+import signal
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+import prometheus_client
+import tyro
+from tensorboard.summary import Writer
+
+from policies import Policy, load_policy
+from scheduler_env import EASY, STATIC, ClusterState, Rule, simulate
+from workloads import Cluster, Jobs, Workload, WorkloadError, write_swf
+
+log = logging.getLogger("slurm_agent")
+
+API = "/slurm/v0.0.38"
+# priority/basic gives new jobs priorities from 0xFFFF0000 downwards, the other plugins far smaller ones. What lies
+# above is the agent's, up to Slurm's special values: a job that the agent has not seen (yet) waits behind.
+LIVE_LEVELS = 0xFFFF0001, 0xFFFFFFF0
+STEP = 64  # between two levels where there is room, for jobs to come between
+FOREVER = 30 * 86_400.0  # seconds, in place of a time limit that is not there
+UPDATING = 0.5  # seconds after which a pass stops sending and looks again: 1,000 new priorities take Slurm longer
+FULL_LISTING = 30.0  # seconds after which jobs are listed although nothing is said to have changed: waits have grown
+NODES_EVERY = 10.0  # seconds between two looks at which nodes are in use
+RECORDED = 10_000  # finished jobs that are kept for hindsight and for what is known of their users
+HINDSIGHT_JOBS = 20  # fewer say nothing
+BACKFILL_REFERENCE = "easy-fifo"  # FIFO as Slurm runs it by default, beside strict FIFO
+
+
+@dataclass
+class Args:
+    policy: str = "easy-fifo"
+    """the path of a policy.onnx, trained on a trace (one pool of processors), or the name of a rule"""
+    mode: Literal["shadow", "advise", "live"] = "shadow"
+    """shadow: log only; advise: set the nice values of pending jobs; live: set their priorities"""
+    socket: Path = Path("/run/slurmrestd/slurmrestd.socket")
+    """slurmrestd's unix socket"""
+    partition: str | None = None
+    """order only this partition's jobs, on its nodes; by default all"""
+    max_wait: float = 259_200.0
+    """seconds; jobs that have waited longer go to the front, oldest first"""
+    max_nice: int = 1_000
+    """advise: the largest nice value, which the last of the pending jobs gets"""
+    interval: float = 0.25
+    """seconds between two looks at the queue"""
+    metrics_port: int | None = None
+    """serve Prometheus metrics on this port"""
+    metrics_host: str = "127.0.0.1"
+    """the address that they are served on"""
+    hindsight: float = 300.0
+    """seconds between two replays of the recorded jobs, under the policy and under FIFO"""
+
+
+@dataclass
+class Export:
+    """Write finished jobs as an SWF trace.
+
+    For sacct: sacct -aXP -o JobIDRaw,User,Account,JobName,Partition,Submit,Eligible,Start,End,TimelimitRaw,NCPUS,State
+    """
+
+    inputs: tuple[Path, ...]
+    """jobcomp/filetxt logs, outputs of `squeue --json -t all` or of sacct; jobs may occur in several"""
+    output: Path
+    """the trace, gzipped if its name ends in .gz"""
+    processors: int | None = None
+    """of the cluster; by default as many as ever ran at the same time"""
+
+
+# ------------------------------------------------------------------------------------------------------------ Slurm
+class SlurmError(Exception):
+    """Slurm, or slurmrestd, did not answer, or not in the way that is known."""
+
+
+class Refused(Exception):
+    """Slurm answered and will not change this job: it has started, ended, or been held in the meantime."""
+
+
+class Slurm:
+    """The few requests that are needed, over slurmrestd's unix socket."""
+
+    def __init__(self, socket: Path) -> None:
+        transport = httpx.HTTPTransport(uds=str(socket))
+        self.client = httpx.Client(transport=transport, base_url=f"http://slurm{API}", timeout=30.0)
+        self.seconds = 0.0  # spent waiting for answers
+
+    def jobs(self, since: float = 0.0) -> list[dict[str, Any]] | None:
+        """All jobs that slurmctld knows, or None if nothing has changed since then."""
+        return self._list("jobs", since)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self._list("nodes", 0.0) or []
+
+    def update(self, job_id: int, **properties: int) -> None:
+        """Change a pending job (an array's id: all its pending tasks).
+
+        Raises:
+            Refused: Slurm does not change this one.
+            SlurmError: no answer.
+        """
+        answer = self._answer("POST", f"/job/{job_id}", json=properties)
+        # Arrays are updated and come back with an error without a number.
+        errors = [error for error in answer.get("errors", []) if error.get("error_number")]
+        if errors:
+            raise Refused(f"{errors[0].get('error')} ({errors[0]['error_number']})")
+
+    def _list(self, what: str, since: float) -> list[dict[str, Any]] | None:
+        answer = self._answer("GET", f"/{what}", params={"update_time": int(since)} if since else {})
+        if answer is None:
+            return None
+        if answer.get("errors") or not isinstance(answer.get(what), list):
+            raise SlurmError(f"GET {what}: {_first_error(answer)}")
+        return answer[what]
+
+    def _answer(self, method: str, path: str, **arguments: Any) -> Any:
+        """The JSON of an answer, None for "not modified"."""
+        try:
+            began = time.perf_counter()
+            response = self.client.request(method, path, **arguments)
+            self.seconds += time.perf_counter() - began
+            if response.status_code == 304:
+                return None
+            answer = response.json()
+        except (httpx.HTTPError, ValueError) as error:  # ValueError: no JSON, as from a slurmrestd that is going down
+            raise SlurmError(f"{method} {path}: {type(error).__name__} {error}") from None
+        if not isinstance(answer, dict):
+            raise SlurmError(f"{method} {path}: HTTP {response.status_code}, and no JSON object")
+        # A job that is refused is a 500 like a slurmctld that does not answer: only its errors tell them apart.
+        if response.status_code != 200 and not (method == "POST" and _is_refusal(answer)):
+            raise SlurmError(f"{method} {path}: HTTP {response.status_code}, {_first_error(answer)}")
+        return answer
+
+
+def _first_error(answer: dict[str, Any]) -> str:
+    first = (answer.get("errors") or [{}])[0]
+    told = [str(first[key]) for key in ("description", "error") if first.get(key)]
+    return ": ".join(told) or "an answer of another form"
+
+
+def _is_refusal(answer: dict[str, Any]) -> bool:
+    """Slurm's own errors about a job have numbers from 2000 on (slurm_errno.h); those of communication lie below."""
+    return any(2000 <= error.get("error_number", 0) < 5000 for error in answer.get("errors", []))
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job (or a job array's tasks that are still together), pending, running or finished."""
+
+    job_id: int
+    state: str
+    user: str
+    account: str
+    name: str
+    partition: str
+    eligible: float  # since when it could have started: the later of its submission and the end of what it depended on
+    start: float  # 0 where it has not
+    end: float
+    limit: float  # its time limit
+    cpus: int
+    priority: int = 0
+    nice: int = 0
+    left_alone: str = ""  # why a pending job is not ordered, "" if it is
+
+    @property
+    def wait(self) -> float:
+        return self.start - self.eligible
+
+    @property
+    def ran(self) -> bool:
+        """Whether it has run to some end; jobs that are cancelled while they wait get equal start and end."""
+        return self.state in FINISHED and self.start > 0 and (self.end > self.start or self.state != "CANCELLED")
+
+    @property
+    def key(self) -> tuple[int, float]:
+        """A job that is requeued runs several times under one id."""
+        return self.job_id, self.start
+
+
+RUNNING, PENDING = ("RUNNING", "COMPLETING", "SUSPENDED"), ("PENDING",)
+FINISHED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+)  # fmt: skip
+
+
+def job_from_rest(record: dict[str, Any]) -> SlurmJob:
+    """From an element of `jobs` in an answer of slurmrestd or of `squeue --json`."""
+    minutes, state = record.get("time_limit"), record["job_state"]
+    # Of pending jobs Slurm gives a start that it expects, of running ones an end.
+    return SlurmJob(
+        job_id=record["job_id"],
+        state=state,
+        user=record.get("user_name") or str(record.get("user_id", "")),
+        account=record.get("account") or "",
+        name=record.get("name") or "",
+        partition=record.get("partition") or "",
+        eligible=float(max(record["submit_time"], record.get("eligible_time") or 0)),
+        start=0.0 if state in PENDING else float(record.get("start_time") or 0),
+        end=float(record.get("end_time") or 0) if state in FINISHED else 0.0,
+        limit=60.0 * minutes if minutes else FOREVER,
+        cpus=int(record.get("cpus") or 1),
+        priority=int(record.get("priority") or 0),
+        nice=int(record.get("nice") or 0),
+        left_alone=_left_alone(record) if state in PENDING else "",
+    )
+
+
+def _left_alone(record: dict[str, Any]) -> str:
+    reason = record.get("state_reason") or ""
+    if record.get("priority") == 0:
+        return "held"
+    if "unfulfilled" in (record.get("dependency") or "") or reason.startswith("Dependency"):
+        return "dependency"
+    return "begin time" if reason == "BeginTime" else ""
+
+
+def processors_in_use(nodes: Iterable[dict[str, Any]], partition: str | None) -> int:
+    """CPUs of the nodes that take jobs, and those still taken on nodes that do not any more."""
+    count = 0
+    for node in nodes:
+        if partition is None or partition in node.get("partitions", ()):
+            flags = {flag.lower() for flag in node.get("state_flags", ())}
+            works = node.get("state") in ("idle", "mixed", "allocated") and not flags & {
+                "drain", "fail", "not_responding", "maintenance", "reserved", "powered_down", "reboot_requested",
+            }  # fmt: skip
+            count += int(node.get("cpus" if works else "alloc_cpus") or 0)
+    return count
+
+
+def jobs_of(records: Sequence[SlurmJob], origin: float = 0.0) -> Jobs:
+    """The jobs as workloads.py has them, times from `origin` on; what has not ended has its time limit as its run time.
+
+    A job is submitted when it becomes eligible; its executable is known by the job's name.
+    """
+
+    def numbered(values: list[str]) -> np.ndarray:
+        return np.unique(np.array(values, dtype=str), return_inverse=True)[1].astype(np.int32)
+
+    def column(value: Callable[[SlurmJob], float]) -> np.ndarray:
+        return np.array([value(job) for job in records], float)
+
+    return Jobs(
+        submit_time=column(lambda job: job.eligible) - origin,
+        run_time=column(lambda job: max(job.end - job.start, 1.0) if job.state in FINISHED else job.limit),
+        requested_time=column(lambda job: job.limit),
+        demand=column(lambda job: job.cpus)[:, None],
+        user=numbered([job.user for job in records]),
+        group=numbered([job.account for job in records]),
+        executable=numbered([job.name for job in records]),
+        queue=numbered([job.partition for job in records]),
+        wait_time=column(lambda job: max(job.wait, 0.0) if job.start else 0.0),
+        job_id=np.array([job.job_id for job in records], np.int64),
+    )
+
+
+def pool(processors: int) -> Cluster:
+    return Cluster(np.array([[float(processors)]]), np.ones(1), ("processors",))
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+@dataclass(frozen=True)
+class Snapshot:
+    """What is known of the cluster at one moment."""
+
+    now: float
+    processors: int
+    pending: list[SlurmJob]  # those that are ordered
+    running: list[SlurmJob]
+    finished: list[SlurmJob]  # by the time of their end
+
+    def state(self) -> ClusterState:
+        """As policies see it: one node that holds all processors. Times start at the eldest job's."""
+        records = self.pending + self.running + self.finished
+        jobs = jobs_of(records, origin := min((job.eligible for job in records), default=self.now))
+        queued, running, finished = np.split(np.arange(len(jobs)), np.cumsum([len(self.pending), len(self.running)]))
+        start = np.array([job.start - origin for job in self.running])
+        node = np.zeros(len(running), np.int64)
+        return ClusterState(
+            self.now - origin, pool(self.processors), jobs[queued], jobs[running], start, node, jobs[finished]
+        )
+
+
+def priority_order(policy: Policy, snapshot: Snapshot, max_wait: float) -> list[SlurmJob]:
+    """All jobs to order, most urgent first: who has waited too long, oldest first; then as the policy says."""
+    ordered = [snapshot.pending[i] for i in policy.decide(snapshot.state()).order]
+    overdue = [job for job in ordered if snapshot.now - job.eligible > max_wait]
+    late = {job.job_id for job in overdue}
+    return sorted(overdue, key=lambda job: job.eligible) + [job for job in ordered if job.job_id not in late]
+
+
+def relabel(labels: Sequence[int], low: int, high: int) -> list[int]:
+    """Strictly falling labels within low..high in place of `labels`, with as few as possible changed.
+
+    A longest falling subsequence stays; the others get levels between, evenly, or STEP apart at the ends. Where there
+    is no room all are labelled anew.
+
+    Raises:
+        ValueError: more labels than low..high has.
+    """
+    kept = longest_falling(labels, low, high)
+    new = list(labels)
+    for above, below in zip([-1, *kept], [*kept, len(labels)], strict=True):
+        count = below - above - 1
+        if not kept:
+            return evenly(len(labels), low, high)
+        top = labels[above] if above >= 0 else min(labels[below] + STEP * (count + 1), high + 1)
+        bottom = labels[below] if below < len(labels) else max(labels[above] - STEP * (count + 1), low - 1)
+        if top - bottom <= count:
+            return evenly(len(labels), low, high)
+        for k in range(1, count + 1):
+            new[above + k] = top - (top - bottom) * k // (count + 1)
+    return new
+
+
+def evenly(count: int, low: int, high: int) -> list[int]:
+    """Falling labels around the middle of low..high, STEP apart if that leaves half of it free."""
+    if count > high - low + 1:
+        raise ValueError(f"{count} labels between {low} and {high}")
+    step = max(1, min(STEP, (high - low + 1) // max(2 * count, 1)))
+    top = (low + high + step * (count - 1)) // 2
+    return [top - step * k for k in range(count)]
+
+
+def longest_falling(labels: Sequence[int], low: int, high: int) -> list[int]:
+    """Positions of a longest strictly falling subsequence of the labels within low..high (patience sorting)."""
+    ends: list[int] = []  # the largest label (negated) that ends a falling run of each length, and its position
+    positions: list[int] = []
+    before = [-1] * len(labels)
+    for i, label in enumerate(labels):
+        if low <= label <= high:
+            k = bisect_left(ends, -label)
+            ends[k : k + 1], positions[k : k + 1] = [-label], [i]
+            before[i] = positions[k - 1] if k else -1
+    chain, i = [], positions[-1] if positions else -1
+    while i >= 0:
+        chain.append(i)
+        i = before[i]
+    return chain[::-1]
+
+
+def predicted_starts(snapshot: Snapshot, order: Sequence[SlurmJob]) -> dict[int, float]:
+    """When each job would start under EASY backfilling in this order, if no other job came, by the simulator.
+
+    A job is expected to take as long as the last two of its user with its time limit did, else all of its limit.
+    """
+    past: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for job in snapshot.finished:
+        past[job.user, job.limit].append(job.end - job.start)
+    records = snapshot.running + [job for job in order if job.cpus <= snapshot.processors]
+    if len(records) == len(snapshot.running):
+        return {}
+    expected = [float(np.mean(past.get((job.user, job.limit), [job.limit])[-2:])) for job in records]
+    elapsed = np.array([max(snapshot.now - job.start, 0.0) if job.start else 0.0 for job in records])
+    limits = np.array([job.limit for job in records])
+    jobs = jobs_of(records)
+    jobs = replace(
+        jobs, submit_time=np.zeros(len(records)), run_time=np.maximum(expected - elapsed, 1.0),
+        requested_time=np.maximum(limits - elapsed, 1.0), demand=np.minimum(jobs.demand, snapshot.processors),
+    )  # fmt: skip
+    rule = Rule("order", STATIC, STATIC, EASY)
+    workload = Workload("queue", pool(snapshot.processors), jobs, np.array([[0, len(jobs)]]), {})
+    [schedule] = simulate(workload, rule, scores=np.arange(len(jobs), dtype=float))
+    starts = dict(zip((job.job_id for job in records), snapshot.now + schedule.start_time, strict=True))
+    return {job.job_id: starts[job.job_id] for job in order if job.job_id in starts}
+
+
+def hindsight(policy: Policy, finished: Sequence[SlurmJob], processors: int) -> dict[str, float]:
+    """Mean wait of the recorded jobs: as they came, and replayed in the simulator under the policy and under FIFO."""
+    usable = sorted((job for job in finished if job.cpus <= processors), key=lambda job: job.eligible)
+    jobs = jobs_of(usable, usable[0].eligible)
+    workload = Workload("recorded", pool(processors), jobs, np.array([[0, len(jobs)]]), {})
+    replayed = {"policy": policy, "fifo": load_policy("fifo"), BACKFILL_REFERENCE: load_policy(BACKFILL_REFERENCE)}
+    waits = {name: float(who.schedule(workload)[0].wait.mean()) for name, who in replayed.items()}
+    return {"recorded": float(jobs.wait_time.mean())} | waits
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+class Metrics:
+    """For Prometheus (names as below, each with its help) and for TensorBoard (under runs/)."""
+
+    def __init__(self, mode: str) -> None:
+        self.registry = registry = prometheus_client.CollectorRegistry()
+
+        def named(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+            return kind(f"resourcerl_slurm_{name}", text, labels, registry=registry, **options)
+
+        counter, gauge, histogram = prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram
+        waits = (1, 10, 60, 300, 1_800, 3_600, 14_400, 43_200, 86_400, 259_200, 604_800)
+        self.jobs = named(gauge, "jobs", "Jobs by what the agent makes of them", "state")
+        self.wait = named(histogram, "wait_seconds", "From eligible to started", buckets=waits)
+        errors = sorted((*waits, 0, *(-bound for bound in waits)))
+        self.error = named(histogram, "start_error_seconds", "Start, less the start first predicted", buckets=errors)
+        self.updates = named(counter, "updates_total", "Priorities or nice values set")
+        self.refused = named(counter, "refused_total", "Changes that Slurm refused")
+        self.failures = named(counter, "failures_total", "Passes that failed, and were tried again later")
+        self.own = named(histogram, "pass_seconds", "A pass's own time, without waiting for Slurm")
+        self.last = named(gauge, "last_pass_timestamp_seconds", "When the queue was last known")
+        self.hindsight = named(
+            gauge, "hindsight_wait_seconds", "Mean wait of the recorded jobs under an order", "order"
+        )
+        self.board = Writer(f"runs/slurm__{mode}__{int(time.time())}")
+        self.started = 0
+
+    def count(self, snapshot: Snapshot, left_alone: Counter[str]) -> None:
+        for state, number in (
+            ("pending", len(snapshot.pending)), ("running", len(snapshot.running)), *left_alone.items(),
+        ):  # fmt: skip
+            self.jobs.labels(state).set(number)
+        self.last.set(snapshot.now)
+
+    def note_start(self, job: SlurmJob, predicted: float | None) -> None:
+        self.started += 1
+        self.wait.observe(job.wait)
+        self.board.add_scalar("charts/wait", job.wait, self.started)
+        if predicted is not None:
+            self.error.observe(job.start - predicted)
+            self.board.add_scalar("charts/start_error", job.start - predicted, self.started)
+
+    def note_hindsight(self, waits: dict[str, float]) -> None:
+        for order, wait in waits.items():
+            self.hindsight.labels(order).set(wait)
+            self.board.add_scalar(f"hindsight/{order}", wait, self.started)
+        self.board.flush()
+
+
+# ------------------------------------------------------------------------------------------------------------ agent
+class Agent:
+    """Looks at the queue again and again, and sends what has to change."""
+
+    def __init__(self, args: Args, slurm: Slurm, policy: Policy, metrics: Metrics) -> None:
+        self.args, self.slurm, self.policy, self.metrics = args, slurm, policy, metrics
+        self.began = time.time()
+        self.listed = self.looked = self.replayed = 0.0  # when jobs were listed, nodes looked at, jobs replayed
+        self.unsent = False
+        self.processors = 0
+        self.places: dict[int, int] = {}  # pending job -> its place in the policy's order
+        self.predicted: dict[int, float] = {}  # pending job -> when it was first predicted to start
+        self.started: set[tuple[int, float]] = set()
+        self.finished: OrderedDict[tuple[int, float], SlurmJob] = OrderedDict()
+        self.refused: dict[int, float] = {}  # job -> until when it is not tried again
+        self.complained: set[str] = set()
+        self.replay: Future[dict[str, float]] | None = None
+        self.worker = ThreadPoolExecutor(1)
+
+    def run(self, stop: threading.Event) -> None:
+        """Until `stop` is set. Whatever fails is tried again, after pauses that grow to 30 s."""
+        pause, failed = 0.0, 0.0
+        while not stop.wait(pause or self.args.interval):
+            try:
+                self.one_pass()
+                self.look_back()
+            except (SlurmError, ValueError) as error:  # ValueError: also PolicyError and WorkloadError
+                self.metrics.failures.inc()
+                failed, pause = failed or time.time(), min(max(0.5, 2 * pause), 30.0)
+                log.warning("%s; the order stays as it is, next try in %.1f s", error, pause)
+                self.listed = self.looked = 0.0
+            else:
+                if failed:
+                    log.info("Slurm answers again, after %.0f s", time.time() - failed)
+                pause = failed = 0.0
+        self.worker.shutdown()
+        self.look_back(last=True)
+        self.metrics.board.close()
+
+    def one_pass(self) -> None:
+        """Look; if something has changed, order the queue and send what differs.
+
+        Raises:
+            SlurmError: no answer.
+            PolicyError: the policy failed.
+        """
+        now, own, waiting = time.time(), time.perf_counter(), self.slurm.seconds
+        fresh = self.unsent or now - self.listed > FULL_LISTING
+        # Slurm tells changes to the second; two of them make up for clocks that differ.
+        records = self.slurm.jobs(0.0 if fresh else self.listed - 2)
+        if records is None:
+            return
+        if now - self.looked > NODES_EVERY:
+            self.processors = processors_in_use(self.slurm.nodes(), self.args.partition)
+            self.looked = now
+        snapshot = self.snapshot(records, now)
+        self.listed = now
+        self.note_starts(snapshot)
+        order = []
+        if snapshot.pending and snapshot.processors:
+            order = priority_order(self.policy, snapshot, self.args.max_wait)
+            if any(job.job_id not in self.predicted for job in order):
+                self.predicted = predicted_starts(snapshot, order) | self.predicted
+        self.places = {job.job_id: place for place, job in enumerate(order, 1)}
+        self.predicted = {job: start for job, start in self.predicted.items() if job in self.places}
+        self.send(order)
+        self.metrics.own.observe(time.perf_counter() - own - (self.slurm.seconds - waiting))
+
+    def snapshot(self, records: list[dict[str, Any]], now: float) -> Snapshot:
+        """Sort the records into pending, running and finished jobs; count, or complain about, the others."""
+        pending, running, others = [], [], Counter({"held": 0, "dependency": 0, "begin time": 0, "unknown": 0})
+        for record in records:
+            try:
+                job = job_from_rest(record)
+            except (KeyError, TypeError, ValueError) as error:
+                self.complain(f"a job record that is not as expected ({error!r}); left alone")
+                others["unknown"] += 1
+                continue
+            if self.args.partition not in (None, *job.partition.split(",")):
+                continue
+            if job.state in PENDING:
+                if job.left_alone:
+                    others[job.left_alone] += 1
+                else:
+                    pending.append(job)
+            elif job.state in RUNNING:
+                running.append(job)
+            elif job.ran:
+                self.finished[job.key] = job
+            elif job.state not in FINISHED:
+                self.complain(f"jobs in the unknown state {job.state}; left alone")
+                others["unknown"] += 1
+        while len(self.finished) > RECORDED:
+            self.finished.popitem(last=False)
+        snapshot = Snapshot(now, self.processors, pending, running, sorted(self.finished.values(), key=lambda j: j.end))
+        self.metrics.count(snapshot, others)
+        return snapshot
+
+    def complain(self, what: str) -> None:
+        if what not in self.complained:
+            self.complained.add(what)
+            log.warning("%s", what)
+
+    def note_starts(self, snapshot: Snapshot) -> None:
+        """Log and measure the jobs that have started since the last pass."""
+        known = {job.key: job for job in snapshot.running + snapshot.finished if job.start >= self.began - 1}
+        for key in known.keys() - self.started:
+            job, predicted = known[key], self.predicted.get(key[0])
+            self.metrics.note_start(job, predicted)
+            place = f"place {self.places[key[0]]} of {len(self.places)}" if key[0] in self.places else "not yet ordered"
+            guess = f", {job.start - predicted:+.0f} s from the prediction" if predicted else ""
+            log.info("Slurm started job %d (%s) after %.0f s%s", key[0], place, job.wait, guess)
+        self.started = set(known)
+
+    def send(self, order: list[SlurmJob]) -> None:
+        """Bring priorities or nice values into the order, from its front, for at most about UPDATING seconds."""
+        if self.args.mode == "advise":
+            name, (low, high), sign = "nice", (-self.args.max_nice, 0), -1
+        else:
+            name, (low, high), sign = "priority", LIVE_LEVELS, 1
+        order = order[: high - low + 1]  # what comes after so many has time
+        current = [sign * getattr(job, name) for job in order]
+        wanted = relabel(current, low, high)
+        changes = [(job.job_id, sign * new) for job, old, new in zip(order, current, wanted, strict=True) if new != old]
+        front = " ".join(str(job.job_id) for job in order[:5])
+        if self.args.mode == "shadow":
+            log.info("would change %d of %d priorities; first: %s", len(changes), len(order), front)
+            return
+        sent, until = 0, time.monotonic() + UPDATING
+        for sent, (job_id, value) in enumerate(changes):  # noqa: B007
+            if time.monotonic() > until:
+                break
+            self.update(job_id, **{name: value})
+        else:
+            sent = len(changes)
+        self.unsent = sent < len(changes)
+        if changes:
+            log.info(
+                "changed %d of %d %s; first: %s", sent, len(order), "nice values" if sign < 0 else "priorities", front
+            )
+
+    def update(self, job_id: int, **properties: int) -> None:
+        if self.refused.get(job_id, 0.0) > time.time():
+            return
+        try:
+            self.slurm.update(job_id, **properties)
+            self.metrics.updates.inc()
+        except Refused as reason:
+            self.metrics.refused.inc()
+            self.refused[job_id] = time.time() + 60.0
+            log.info("job %d: %s", job_id, reason)
+
+    def look_back(self, last: bool = False) -> None:
+        """Every so often, beside the passes: what the recorded jobs would have waited under the policy and FIFO."""
+        if self.replay and self.replay.done():
+            self.note_hindsight(self.replay.result())
+            self.replay = None
+        if len(self.finished) < HINDSIGHT_JOBS or not self.processors:
+            return
+        arguments = self.policy, list(self.finished.values()), self.processors
+        if last:
+            self.note_hindsight(hindsight(*arguments))
+        elif not self.replay and time.time() - self.replayed > self.args.hindsight:
+            self.replayed, self.replay = time.time(), self.worker.submit(hindsight, *arguments)
+
+    def note_hindsight(self, waits: dict[str, float]) -> None:
+        self.metrics.note_hindsight(waits)
+        text = ", ".join(f"{order} {wait:,.1f} s" for order, wait in waits.items())
+        log.info("mean wait of %d recorded jobs, replayed: %s", len(self.finished), text)
+
+
+# ----------------------------------------------------------------------------------------------------------- export
+def read_finished(path: Path) -> Iterator[SlurmJob]:
+    """The jobs in a jobcomp/filetxt log, or in the output of `squeue --json` or `sacct -P`, in any state.
+
+    Raises:
+        WorkloadError: the file cannot be read, or is none of them.
+    """
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        raise WorkloadError(f"{path}: {error.strerror}; give a file of Slurm's") from None
+    first = text.lstrip().partition("\n")[0]
+    if first.startswith("{"):
+        yield from _from_json(path, text)
+    elif "|" in first:
+        yield from _from_lines(path, _sacct_rows(path, text.splitlines()))
+    else:
+        yield from _from_lines(path, _jobcomp_rows(text.splitlines()))
+
+
+def _from_json(path: Path, text: str) -> Iterator[SlurmJob]:
+    try:
+        records = json.loads(text)["jobs"]
+        yield from map(job_from_rest, records)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WorkloadError(f"{path}: not what `squeue --json` of Slurm 22.05 writes ({error!r})") from None
+
+
+JOBCOMP_COLUMNS = {
+    "JobIDRaw": "JobId", "User": "UserId", "Account": "Account", "JobName": "Name", "Partition": "Partition",
+    "Submit": "SubmitTime", "Eligible": "EligibleTime", "Start": "StartTime", "End": "EndTime",
+    "TimelimitRaw": "TimeLimit", "NCPUS": "ProcCnt", "State": "JobState",
+}  # fmt: skip
+NEEDED = ("JobIDRaw", "Submit", "Start", "End", "NCPUS", "State")
+
+
+def _jobcomp_rows(lines: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and values by sacct's names."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found = dict(re.findall(r"(\w+)=(.*?)(?=\s+\w+=|\s*$)", line))
+            row = {ours: found[theirs] for ours, theirs in JOBCOMP_COLUMNS.items() if theirs in found}
+            row["User"] = row.get("User", "").partition("(")[0]  # root(0)
+            yield number, row
+
+
+def _sacct_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
+    if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
+        raise WorkloadError(f"{path}: line 1: no column {', '.join(missing)}; name them with sacct's -o, see --help")
+    for row in reader:
+        if "." not in row["JobIDRaw"]:  # steps of a job
+            yield reader.line_num, row
+
+
+def _from_lines(path: Path, rows: Iterable[tuple[int, dict[str, str]]]) -> Iterator[SlurmJob]:
+    for number, row in rows:
+        try:
+            minutes = row.get("TimelimitRaw", "")
+            submit, eligible = _seconds(row["Submit"]), _seconds(row.get("Eligible", ""))
+            yield SlurmJob(
+                job_id=int(row["JobIDRaw"]), state=row["State"].split()[0], user=row.get("User", ""),
+                account=row.get("Account", ""), name=row.get("JobName", ""), partition=row.get("Partition", ""),
+                eligible=max(submit, eligible), start=_seconds(row["Start"]), end=_seconds(row["End"]),
+                limit=60.0 * int(minutes) if minutes.isdigit() else FOREVER, cpus=int(row["NCPUS"]),
+            )  # fmt: skip
+        except (KeyError, ValueError, IndexError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise WorkloadError(
+                f"{path}: line {number}: {what}; give a jobcomp/filetxt log, or `squeue --json` or `sacct -P` output"
+            ) from None
+
+
+def _seconds(text: str) -> float:
+    """Slurm's local time, or seconds (SLURM_TIME_FORMAT=%s); 0 for Unknown or None."""
+    if text.isdigit():
+        return float(text)
+    return datetime.fromisoformat(text).timestamp() if text[:1].isdigit() else 0.0
+
+
+def most_at_once(jobs: Sequence[SlurmJob]) -> int:
+    """The most processors that were taken at the same time."""
+    changes = sorted(
+        [(job.start, job.cpus) for job in jobs] + [(max(job.end, job.start + 1), -job.cpus) for job in jobs]
+    )
+    return int(np.cumsum([cpus for _, cpus in changes]).max())
+
+
+def export(args: Export) -> str:
+    """Write the trace; returns what was done.
+
+    Raises:
+        WorkloadError: an input is unusable, or no job in them has run.
+    """
+    ran: dict[tuple[int, float], SlurmJob] = {}
+    left_out: Counter[str] = Counter()
+    for job in (job for path in args.inputs for job in read_finished(path)):
+        if job.state not in FINISHED:
+            left_out["not finished"] += 1
+        elif not job.ran:
+            left_out["never ran"] += 1
+        elif job.key in ran:
+            left_out["again"] += 1
+        else:
+            ran[job.key] = job
+    if not ran:
+        raise WorkloadError(f"{', '.join(map(str, args.inputs))}: no job that has run; give a longer record")
+    jobs = sorted(ran.values(), key=lambda job: (job.eligible, job.job_id))
+    processors, source = args.processors or most_at_once(jobs), "as given"
+    if not args.processors:
+        source = "as many as were ever taken at once; --processors says otherwise"
+    if (largest := max(jobs, key=lambda job: job.cpus)).cpus > processors:
+        raise WorkloadError(f"--processors {processors}: job {largest.job_id} had {largest.cpus}; give the cluster's")
+    write_swf(args.output, jobs_of(jobs, jobs[0].eligible), pool(processors))
+    skipped = "".join(f", {count} {why}" for why, count in left_out.items())
+    return f"{args.output}: {len(jobs)} jobs{skipped}; {processors} processors ({source})"
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+def warm_up(policy: Policy) -> None:
+    """Compile all that a pass needs (once; then it is cached), and refuse a policy that was made for other clusters."""
+    jobs = [SlurmJob(k, state, "", "", "", "", 0.0, 0.0, 1.0, 60.0, 1) for k, state in enumerate((*PENDING, *FINISHED))]
+    snapshot = Snapshot(0.0, 1, jobs[:1], [], jobs[1:])
+    predicted_starts(snapshot, priority_order(policy, snapshot, 1.0))
+    hindsight(policy, jobs[1:], 1)
+
+
+def serve_metrics(args: Args, metrics: Metrics) -> None:
+    if args.metrics_port is not None:
+        try:
+            prometheus_client.start_http_server(args.metrics_port, args.metrics_host, metrics.registry)
+        except OSError as error:
+            raise ValueError(f"--metrics-port {args.metrics_port}: {error.strerror}; choose another") from None
+
+
+def main() -> None:
+    try:
+        if sys.argv[1:2] == ["export"]:
+            print(export(tyro.cli(Export, prog="slurm_agent.py export", args=sys.argv[2:])))
+            return
+        args = tyro.cli(Args, description=__doc__)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        policy = load_policy(args.policy)
+        warm_up(policy)
+        metrics = Metrics(args.mode)
+        serve_metrics(args, metrics)
+        log.info("mode %s, policy %s, socket %s", args.mode, policy.name, args.socket)
+        Agent(args, Slurm(args.socket), policy, metrics).run(stop)
+    except (ValueError, OSError) as error:  # also PolicyError and WorkloadError
+        print(f"slurm_agent.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
