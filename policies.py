@@ -240,11 +240,13 @@ class OnnxPolicy(Policy):
         observation, more = moment.observe(layout)
         while more or len(ranked) < len(visible):
             parts = layout.split(observation[None])
-            logits = np.where(parts.mask[0] > 0, self.choices(parts)[0], -np.inf)
-            if not len(ranked):  # before anything is reserved, all jobs have a score
-                best = logits[:-1].reshape(layout.window, layout.nodes).max(1)[: len(visible)]
-                ranked = visible[np.argsort(-best, kind="stable")]
+            logits = self._logits(parts)[0]
             action = int(logits.argmax())
+            if np.isnan(logits[action]) or parts.mask[0, action] == 0:
+                self.choices(parts)  # says what is wrong
+            if not len(ranked):  # before anything is reserved, all jobs have a score
+                pairs = np.where(parts.mask[0] > 0, logits, -np.inf)[:-1].reshape(layout.window, layout.nodes)
+                ranked = visible[np.argsort(-pairs.max(1)[: len(visible)], kind="stable")]
             if not more or action == layout.actions - 1:
                 break
             choices.append(moment.act(action))
