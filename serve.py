@@ -49,6 +49,7 @@ from workloads import Cluster, Jobs, WorkloadError
 
 log = logging.getLogger("serve")
 BODY_SECONDS = 10.0  # a request's body has to arrive within
+TRIAL_SECONDS = 10.0  # a new policy has to decide its first state within
 RELOAD_SECONDS = 1.0  # how often the policy's file is looked at
 OPEN_PATHS = ("/healthz", "/readyz")  # without a token
 
@@ -332,8 +333,10 @@ class Model:
         """
         policy = load_policy(name)
         data = policy.path.read_bytes() if isinstance(policy, OnnxPolicy) else name.encode()
-        model = Model(policy, RulePolicy(policy.reference), hashlib.sha256(data).hexdigest()[:12], time.time())
+        timer = threading.Timer(TRIAL_SECONDS, setattr, (getattr(policy, "run_options", None), "terminate", True))
+        timer.start()
         try:
+            model = Model(policy, RulePolicy(policy.reference), hashlib.sha256(data).hexdigest()[:12], time.time())
             for chooser in (model.fallback, model.policy):
                 chooser.decide(model.example())
         except PolicyError:
@@ -342,6 +345,8 @@ class Model:
             raise PolicyError(
                 f"{name}: fails in a small state ({str(error).splitlines()[0]}); train it again"
             ) from None
+        finally:
+            timer.cancel()
         return model
 
     def example(self) -> ClusterState:
@@ -425,8 +430,8 @@ class Service:
         """
         state: State = decode(STATES, body)
         args, model = self.args, self.model
-        for part, limit in (("nodes", args.max_nodes), ("queued", args.max_jobs), ("running", args.max_jobs)):
-            if len(getattr(state, part)) > limit:
+        for part in ("nodes", "queued", "running", "finished"):
+            if len(getattr(state, part)) > (limit := args.max_nodes if part == "nodes" else args.max_jobs):
                 raise Refused((part,), f"more than {limit}")
         cluster, resources = cluster_state(state), len(state.nodes[0].capacity)
         if isinstance(model.policy, OnnxPolicy) and resources != model.policy.metadata.resources:
@@ -487,6 +492,7 @@ class Service:
                 await self.reload()
 
     async def reload(self) -> None:
+        """Take the policy that is in its place now, if it works."""
         try:
             self._use(await asyncio.to_thread(Model.load, self.args.policy))
         except (PolicyError, OSError) as error:
@@ -498,7 +504,7 @@ class Service:
 
     def _use(self, model: Model) -> None:
         self.model = model
-        self.metrics.policy.info({"name": model.policy.name, "version": model.version})
+        self.metrics.policy.info({"name": model.policy.name.partition(":")[0], "version": model.version})
 
     def _look(self) -> tuple[int, ...]:
         """Changes with the policy's file."""
@@ -517,7 +523,7 @@ class Service:
             try:
                 said = ask(model.policy)
             except Exception as error:  # whatever it is: a cluster waits for an answer
-                fallback = "failed" if not options.terminate else "late"
+                fallback = "late" if options.terminate else "failing"
                 self._warn(model, fallback, str(error).splitlines()[0])
             finally:
                 self.watchdog.guarded = None
@@ -531,14 +537,15 @@ class Service:
             chooser = model.fallback
             said = ask(chooser)
             self.metrics.fallbacks.labels(fallback).inc()
-        self.metrics.decisions.labels(chooser.name).inc()
-        return said, chooser.name, model.version, fallback
+        name = chooser.name.partition(":")[0]  # what follows are the weights of a tuned rule
+        self.metrics.decisions.labels(name).inc()
+        return said, name, model.version, fallback
 
     def _warn(self, model: Model, reason: str, message: str) -> None:
         """Once for each version; all are counted."""
         if (model.version, reason) not in self._warned:
             self._warned.add((model.version, reason))
-            log.warning("version %s %s (%s): %s decides", model.version, reason, message, model.fallback.name)
+            log.warning("version %s is %s (%s): its rule decides", model.version, reason, message)
 
 
 def _answer(state: State, decision: Decision, decided_by: str, version: str, fallback: str | None) -> Answer:

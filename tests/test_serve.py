@@ -33,7 +33,7 @@ from test_policies import META, write_policy, write_random_policy
 
 import scheduler_env as se
 import serve
-from policies import RulePolicy, load_policy
+from policies import PolicyError, RulePolicy, load_policy
 from serve import Args, Refused, Service, cluster_state, create_app, decode
 from workloads import Workload, WorkloadError, at_loads, load_workload, read_decisions
 
@@ -314,8 +314,8 @@ def test_it_does_what_its_document_says(case: schemathesis.Case) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- when models fail
-def write_endless_policy(path: Path) -> Path:
-    """A policy that counts to 10^12 before it answers, if there are three jobs or more."""
+def write_endless_policy(path: Path, least: int = 3) -> Path:
+    """A policy that counts to 10^12 before it answers, if there are so many jobs or more."""
 
     def scalar(name: str, kind: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, [])
@@ -326,14 +326,14 @@ def write_endless_policy(path: Path) -> Path:
         [scalar("on", TensorProto.BOOL), scalar("y", TensorProto.FLOAT)],
     )  # fmt: skip
     steps = [
-        helper.make_node("Slice", ["jobs", "third", "fourth", "window", "each"], ["present"]),
+        helper.make_node("Slice", ["jobs", "first", "last", "window", "each"], ["present"]),
         helper.make_node("ReduceMax", ["present"], ["most"], keepdims=0),
         helper.make_node("Greater", ["most", "zero"], ["many"]),
         helper.make_node("Loop", ["times", "many", "zero"], ["end"], body=body),
         helper.make_node("Add", ["mask", "end"], ["logits"]),
     ]
     constants = {
-        "third": np.array([0, 2, 0]), "fourth": np.array([1, 3, 1]), "window": np.array([0, 1, 2]),
+        "first": np.array([0, least - 1, 0]), "last": np.array([1, least, 1]), "window": np.array([0, 1, 2]),
         "each": np.array([1, 1, 1]), "times": np.array(10**12), "zero": np.float32(0), "one": np.float32(1),
     }  # fmt: skip
     shapes = {"jobs": ["B", "K", None], "nodes": ["B", "M", None], "cluster": ["B", None], "mask": ["B", "A"]}
@@ -360,6 +360,12 @@ def test_a_late_model_is_replaced_by_its_rule(tmp_path: Path, deadline_ms: float
     assert metric(session, "resourcerl_fallbacks_total") == 1
 
 
+def test_a_policy_that_does_not_answer_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "TRIAL_SECONDS", 0.2)
+    with pytest.raises(PolicyError, match="fails in a small state"):
+        Service(Args(str(write_endless_policy(tmp_path / "policy.onnx", least=1))))
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("the driver\nis gone"), np.nan])
 def test_a_failing_model_is_replaced_by_its_rule(tmp_path: Path, failure: Any, caplog: Any) -> None:
     def fail(parts: se.Observation) -> np.ndarray:
@@ -372,9 +378,9 @@ def test_a_failing_model_is_replaced_by_its_rule(tmp_path: Path, failure: Any, c
     session.service.model.policy._logits = fail
     for _ in range(3):
         answer = post(session, STATE).json()
-        assert answer["fallback"] == "failed" and answer["decided_by"] == "easy-sjf" and len(answer["start"]) == 3
+        assert answer["fallback"] == "failing" and answer["decided_by"] == "easy-sjf" and len(answer["start"]) == 3
     assert metric(session, "resourcerl_fallbacks_total") == 3
-    assert len(caplog.records) == 1 and "easy-sjf decides" in caplog.text  # all are counted, one is told
+    assert len(caplog.records) == 1 and "its rule decides" in caplog.text  # all are counted, one is told
 
 
 # ----------------------------------------------------------------------------------------------------------- in motion
