@@ -13,7 +13,6 @@ block cancels in the differences. Times are seconds; N counts jobs, B blocks.
 
 import csv
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -36,7 +35,6 @@ from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple, TypeVar
 from zipfile import BadZipFile
 
-import numba
 import numpy as np
 import tyro
 from rich import box
@@ -44,12 +42,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lower_bound import lower_bound
 from policies import OnnxPolicy, Policy, PolicyError, load_policy
 from scheduler_env import (
     BLOCKING,
     JOB_FEATURES,
     RULES,
-    SLOWDOWN_BOUND,
     STATIC,
     UNICEP_RLSCHEDULER,
     Rule,
@@ -501,81 +499,6 @@ def plus_minus(figure: dict[str, Any], form: str, between: str, unit: str = "") 
     return f"{figure['mean']:{form}}{margin}{unit}"
 
 
-# ------------------------------------------------------------------------------------------------ the lower bound
-@numba.njit(cache=True)
-def pooled(release, work, weight, shortest):  # type: ignore[no-untyped-def]
-    """One machine that may leave any job and come back works off float64[N] seconds of work released in this order.
-
-    It serves the job with the least work left (shortest: minimises the sum of ends, Schrage 1968), or with the least
-    work per weight (minimises the weighted sum of the mean instants of service, Goemans et al. 2002).
-
-    Returns:
-        float64[N], float64[N], int64[N]: each job's end, mean instant of service, and busy period (numbered).
-    """
-    left, end, middle, period = work.copy(), np.zeros_like(work), np.zeros_like(work), np.zeros(len(work), np.int64)
-    queue = [(0.0, 0)][:0]
-    now, arrived, busy_period = release[0], 0, 0
-    while arrived < len(release) or queue:
-        if not queue and release[arrived] > now:
-            now, busy_period = release[arrived], busy_period + 1
-        while arrived < len(release) and release[arrived] <= now:
-            key = work[arrived] if shortest else work[arrived] / weight[arrived]
-            heapq.heappush(queue, (key, arrived))
-            arrived += 1
-        until = release[arrived] if arrived < len(release) else np.inf
-        key, j = heapq.heappop(queue)
-        period[j] = busy_period
-        served = min(left[j], until - now)
-        middle[j] += (now + served / 2) * served / work[j]
-        if now + left[j] <= until:
-            now += left[j]
-            end[j] = now
-        else:
-            now, left[j] = until, left[j] - served
-            heapq.heappush(queue, (left[j] if shortest else key, j))
-    return end, middle, period
-
-
-def lower_bound(jobs: Jobs, cluster: Cluster, objective: str) -> float:
-    """A mean of the objective over the jobs that no schedule can go below, whatever else the cluster runs.
-
-    Each job is taken for a heap of work (demand x time) in one resource, and the nodes for one machine that does as
-    much in a second as all of them, on a single job if need be, and may interrupt it. It could do whatever the nodes
-    do, so its least sum of ends bounds the real one. So does its least weighted sum of mean instants of service: a job
-    on a node starts half its time before that instant (tighter, where jobs are small beside the machine). What is true
-    of all jobs is true of some, so busy periods are bounded one by one; the best resource counts.
-    """
-    fits = (jobs.demand[:, None] <= cluster.capacity + 1e-9).all(2)
-    time = jobs.run_time / np.where(fits, cluster.speed, 0).max(1)  # no job takes less: its fastest node
-    bounded = np.maximum(jobs.run_time, SLOWDOWN_BOUND)
-    one, zero = np.ones(len(jobs)), np.zeros(len(jobs))
-    # A job costs at least `least`, and at least constant + weight * wait. (A slowdown need not grow from the first
-    # second of waiting on; such jobs count as a constant or with their wait, whatever gives more.)
-    least = {"latency": time, "wait": zero, "slowdown": np.maximum(1.0, time / bounded)}[objective]
-    costs = [{"latency": (time, one), "wait": (zero, one), "slowdown": (time / bounded, 1 / bounded)}[objective]]
-    if objective == "slowdown":
-        costs.append((least, np.where(time < bounded, 0.0, 1 / bounded)))
-    # Cut short to what they take on their fastest nodes, jobs start when they did and fit in all nodes' capacity. As
-    # they are, they end when they did and take no more than the nodes' speeds allow, which says nothing of their waits.
-    works = [jobs.demand * time[:, None] / cluster.capacity.sum(0)]
-    if objective != "wait":
-        works.append(jobs.demand * jobs.run_time[:, None] / (cluster.speed @ cluster.capacity))
-    best = 0.0
-    for work in (column for table in works for column in table.T):
-        for constant, weight in costs:
-            own = (work > 0) & (weight > 0)
-            if not own.any():
-                continue
-            release, heap, per_wait, half = jobs.submit_time[own], work[own], weight[own], time[own] / 2
-            _, middle, period = pooled(release, heap, per_wait, False)
-            gain = np.bincount(period, per_wait * (middle - release - half) + (constant - least)[own])
-            if objective != "slowdown":  # whose jobs have weights: no such machine is known to be best
-                end, _, period = pooled(release, heap, per_wait, True)
-                gain = np.maximum(gain, np.bincount(period, end - release - 2 * half))
-            best = max(best, float(np.maximum(gain, 0).sum()))
-    return float((least.sum() + best) / len(jobs))
-
-
 # ------------------------------------------------------------------------------------- what the report says beside it
 BASELINES = ("fifo", "easy-fifo")  # a report always has them
 COST = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # the metric that an objective minimises
@@ -611,11 +534,11 @@ def write_report(
     }  # fmt: skip
     windows = replays.get(Scenario("windows", args.load))
     episode = None
-    if windows:  # a typical one
+    if windows:  # a busy one, where there is something to see
         order = np.argsort(windows.per_block["fifo"][:, METRICS.index("wait")], kind="stable")
-        typical = order[len(order) // 2]
+        busy = order[int(0.9 * len(order))]
         drawn = list(dict.fromkeys(["fifo", *(name for name in shown if name in results["trained"]), best_rule]))[:3]
-        episode = {name: windows.schedules[name][typical] for name in drawn}
+        episode = {name: windows.schedules[name][busy] for name in drawn}
     write_episodes(args.report / "episodes.csv", replays, args.objective)
     results["notes"] = [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
     report.write(args.report, results, shown, episode)
@@ -840,7 +763,7 @@ def by_size(replays: Replays, names: list[str]) -> dict[str, Any]:
     limits = np.unique(np.quantile(size, [0.3, 0.6, 0.85, 0.97, 1.0], method="higher"))
     number = np.searchsorted(limits, size)
     unit = replays.workload.cluster.resources[0]
-    labels = [f"{size[number == k].min():.4g}–{limit:.4g}" for k, limit in enumerate(limits)]
+    labels = [f"{size[number == k].min():.3g}–{limit:.3g}" for k, limit in enumerate(limits)]
     return {
         "unit": unit if len(replays.workload.cluster.resources) == 1 else f"dominant share in {unit}",
         "labels": [label if len(set(ends := label.split("–"))) > 1 else ends[0] for label in labels],
@@ -922,7 +845,7 @@ def write_episodes(path: Path, replays: dict[Scenario, Replays], objective: str)
                 rows = zip(own.blocks(name), own.per_block[name], strict=True)
                 runs = np.repeat(np.arange(len(own.cuts)), [len(blocks) for blocks in own.cuts])
                 pairs = own.blocks(name)
-                bounds = bounds or [lower_bound(s.jobs[b], s.cluster, objective) for s, b in pairs]
+                bounds = bounds or [lower_bound(s.jobs[b], s.cluster, objective, iterations=20) for s, b in pairs]
                 for run, bound, ((schedule, block), metrics) in zip(runs, bounds, rows, strict=True):
                     wait = schedule.wait[block]
                     tail = [*np.percentile(wait, [50, 95, 99]), wait.max(), bound]

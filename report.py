@@ -243,8 +243,8 @@ def reading(results: dict[str, Any]) -> list[str]:
     bound = (
         f"The best rule, {best}, was picked with hindsight, on these very jobs. No schedule whatsoever has a mean "
         f"{results['objective']} below {with_unit(results['bound']['mean'], metric)}; the last column is the share of "
-        "the way from fifo to this lower bound. It is that of one pooled machine that may interrupt jobs (lower_bound "
-        "in benchmark.py), and need not be reachable."
+        "the way from fifo to this lower bound. It is a Lagrangian relaxation (lower_bound.py), and need not be "
+        "reachable."
     )
     return [intervals, bound]
 
@@ -495,10 +495,11 @@ def waits(results: dict[str, Any], look: Look) -> Plot:
     axis = figure.subplots()
     found = results["plots"]["waits"]
     at = np.array(found["seconds"])
-    for name in look.shown:
-        values = np.array(found["share"][name])
+    shares = {name: np.array(found["share"][name]) for name in look.shown}
+    for name, values in shares.items():
         axis.plot(at, np.where(values > 0, values, np.nan), **look.line(name))
-    axis.set(xscale="log", yscale="log", xlabel="wait", ylabel="share of jobs that wait longer")
+    scale = "log" if any(values.any() for values in shares.values()) else "linear"  # nobody waits
+    axis.set(xscale="log", yscale=scale, xlabel="wait", ylabel="share of jobs that wait longer")
     axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
     log_durations(axis, at[0], at[-1])
     legend(figure, axis)
@@ -609,7 +610,7 @@ def gantt(episode: dict[str, Schedule], labels: dict[str, str]) -> Plot:
     machine = "a band a node, each rectangle a job" if len(first.cluster.speed) > 1 else "each rectangle is a job"
     return Plot(
         "gantt",
-        f"A typical window (the median of fifo's mean waits), {len(first.jobs)} jobs from an empty machine: {machine}.",
+        f"A busy window (one in ten is busier under fifo), {len(first.jobs)} jobs from an empty machine: {machine}.",
         figure,
     )
 

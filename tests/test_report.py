@@ -26,7 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 import benchmark
 import policies
 import report
-from benchmark import METRICS, Replays, bootstrap_weights, improvement, lower_bound, quantile_resamples
+from benchmark import METRICS, Replays, bootstrap_weights, improvement, quantile_resamples
+from lower_bound import lower_bound, relaxed_cost
 from scheduler_env import OBJECTIVES, RULES, Schedule, simulate
 from workloads import Cluster, Workload, load_workload
 
@@ -84,31 +85,58 @@ def one_machine(run: list[float], size: list[float], submit: list[float], proces
     return replace(workload, jobs=jobs, cluster=Cluster(np.array([[processors]]), np.ones(1), ("processors",)))
 
 
-def test_the_bound_is_the_optimum_where_jobs_fill_the_machine() -> None:
-    workload = one_machine(run=[30, 10, 20], size=[4, 4, 4], submit=[0, 0, 0])
+def tightness(workload: Workload, objective: str) -> float:
+    return lower_bound(workload.jobs, workload.cluster, objective, iterations=300) / best_cost(workload, objective)
+
+
+def test_the_bound_comes_near_the_optimum() -> None:
+    whole = one_machine(run=[30, 10, 20], size=[4, 4, 4], submit=[0, 0, 0])
     # Shortest first: they end at 10, 30 and 60; slowdowns 1, 1.5 and 2.
-    assert lower_bound(workload.jobs, workload.cluster, "latency") == pytest.approx(100 / 3)
-    assert lower_bound(workload.jobs, workload.cluster, "wait") == pytest.approx(40 / 3)
-    assert lower_bound(workload.jobs, workload.cluster, "slowdown") == pytest.approx(1.5)
+    assert best_cost(whole, "latency") == pytest.approx(100 / 3) and best_cost(whole, "slowdown") == pytest.approx(1.5)
+    small = one_machine([10] * 6, [1] * 6, [0] * 6, processors=3)
+    assert best_cost(small, "wait") == pytest.approx(5)  # three start at 0, three at 10
+    for workload in (whole, small):
+        for objective in OBJECTIVES:
+            assert 0.95 < tightness(workload, objective) < 1 + 1e-9
+    # Later a lone job that waits for nothing takes nothing away from that.
+    seven = one_machine([10] * 7, [1] * 7, [0] * 6 + [40], processors=3)
+    assert 0.95 * 30 / 7 < lower_bound(seven.jobs, seven.cluster, "wait", 300) < 30 / 7 * (1 + 1e-9)
 
 
-def test_the_bound_of_small_jobs_and_of_several_busy_periods() -> None:
-    # Eight jobs of a quarter of the machine, 10 s each: pooled, they are served one after the other in 2.5 s, at mean
-    # instants 1.25, 3.75, ... 18.75; a job's own is 5 s after its start, so the mean start is 10 - 5 = 5. It can be
-    # had: four start at 0, four at 10.
-    eight = one_machine(run=[10] * 8, size=[1] * 8, submit=[0] * 8)
-    assert lower_bound(eight.jobs, eight.cluster, "wait") == pytest.approx(5)
-    assert best_cost(one_machine([10] * 6, [1] * 6, [0] * 6, 3), "wait") == pytest.approx(5)
-    # Much later a lone job that waits for nothing takes nothing away from that.
-    nine = one_machine(run=[10] * 9, size=[1] * 9, submit=[0] * 8 + [1000])
-    assert lower_bound(nine.jobs, nine.cluster, "wait") == pytest.approx(40 / 9)
-    assert lower_bound(nine.jobs, nine.cluster, "latency") == pytest.approx(40 / 9 + 10)
+def test_the_bound_knows_speeds_and_which_nodes_are_large_enough() -> None:
+    workload = one_machine(run=[10, 10, 10], size=[1, 1, 3], submit=[0, 0, 0])
+    cluster = Cluster(np.array([[1.0], [4.0]]), np.array([2.0, 1.0]), ("processors",))
+    workload = replace(workload, cluster=cluster)
+    # A small job takes 5 s on the fast node, where there is room for one; the large one fits on the slow node only.
+    assert best_cost(workload, "latency") == pytest.approx((5 + 10 + 10) / 3)
+    assert tightness(workload, "latency") > 0.95
+    assert lower_bound(workload.jobs, cluster, "latency", iterations=1) == pytest.approx((5 + 5 + 10) / 3)
 
 
-def test_the_pooled_machine_interrupts() -> None:
-    end, middle, period = benchmark.pooled(np.array([0.0, 1.0, 50.0]), np.array([10.0, 2.0, 5.0]), np.ones(3), True)
-    assert end.tolist() == [12, 3, 55] and period.tolist() == [0, 0, 1]
-    assert middle.tolist() == pytest.approx([(0.5 * 1 + 7.5 * 9) / 10, 2, 52.5])
+@given(workload=workloads(2, 12), seed=st.integers(0, 1000), objective=st.sampled_from(list(OBJECTIVES)))
+@settings(max_examples=40)
+def test_any_prices_give_a_bound(workload: Workload, seed: int, objective: str) -> None:
+    """Prices are only as good as they are found, but never wrong."""
+    [schedule] = simulate(workload, "easy-sjf")
+    jobs, cluster = workload.jobs[slice(*workload.segments[0])], workload.cluster
+    fits = (jobs.demand[:, None] <= cluster.capacity + 1e-9).all(2)  # every node is a kind here
+    time = np.where(fits, jobs.run_time[:, None] / cluster.speed, np.inf)
+    share = np.where(fits[:, :, None], jobs.demand[:, None] / cluster.capacity, 0.0)
+    scale = np.maximum(jobs.run_time, 10.0) if objective == "slowdown" else np.ones(len(jobs))
+    constant = (time if objective != "wait" else np.zeros_like(time)) / scale[:, None]
+    least = 1.0 if objective == "slowdown" else 0.0
+    rng = np.random.default_rng(seed)
+    part = float(rng.uniform(0.2, 20))
+    prices, others = rng.exponential(rng.choice([0.01, 1, 100]), (2, *cluster.capacity.shape, 20)) * (
+        rng.random(20) < 0.7
+    )
+    excess, unused = np.zeros_like(prices), np.zeros_like(prices)
+    given_jobs = jobs.submit_time - jobs.submit_time[0], time, share, constant, 1 / scale, least
+    bound = relaxed_cost(*given_jobs, prices, part, excess)
+    assert bound <= job_costs(schedule, objective).sum() * (1 + 1e-7) + 1e-7
+    # The bound is a concave function of the prices, and `excess` its supergradient.
+    tangent = bound + part * (excess * (others - prices)).sum()
+    assert relaxed_cost(*given_jobs, others, part, unused) <= tangent + 1e-7 * (1 + abs(tangent) + abs(bound))
 
 
 # --------------------------------------------------------------------------------------------------- the statistics
