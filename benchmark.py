@@ -789,7 +789,8 @@ def attention(policy: OnnxPolicy, workload: Workload) -> dict[str, Any]:
     envs = policy.environments(workload, count, length)
     observations, _ = envs.reset(seed=0, options={"first": workload.segments[:count, 0]})
     seen: list[np.ndarray] = []
-    for _ in range(ATTENTION_DECISIONS // count):
+    over = np.zeros(count, bool)
+    while len(seen) < ATTENTION_DECISIONS and not over.any():
         parts = envs.split(observations)
         logits = policy.choices(parts)
         legal = parts.mask[:, :-1].reshape(count, parts.jobs.shape[1], -1) > 0
@@ -798,10 +799,13 @@ def attention(policy: OnnxPolicy, workload: Workload) -> dict[str, Any]:
             jobs = np.flatnonzero(legal[e].any(1))
             columns = [decode(parts.jobs[e, jobs, JOB_FEATURES.index(name)]) for name, decode in DECODED.items()]
             seen.append(np.column_stack([*columns, score[e, jobs] - score[e, jobs].mean()]))
-        observations = envs.step(logits.argmax(1))[0]
+        observations, _, terminated, truncated, _ = envs.step(logits.argmax(1))
+        over = terminated | truncated
     envs.close()
-    rows = np.concatenate(seen) if seen else np.zeros((0, len(DECODED) + 1))
-    return {name: binned(rows[:, column], rows[:, -1]) for column, name in enumerate(DECODED)} if seen else {}
+    if not seen:
+        return {}
+    rows = np.concatenate(seen)
+    return {name: binned(rows[:, column], rows[:, -1]) for column, name in enumerate(DECODED)}
 
 
 def binned(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
@@ -818,19 +822,26 @@ PACKAGES = ("numpy", "numba", "gymnasium", "onnxruntime", "matplotlib")
 
 def made(args: Compare, workload: Workload) -> dict[str, Any]:
     """What somebody needs to get the same figures."""
-    path, folder = Path(args.workload), Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    path = Path(args.workload)
+    changed = " with uncommitted changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit + " with uncommitted changes" * bool(changed) or "not a git checkout",
+        "commit": git("rev-parse", "HEAD") + changed or "not a git checkout",
         "trace_sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
         "jobs_sha256": workload_digest(workload),
         "seed": args.seed, "resamples": RESAMPLES, "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
     }  # fmt: skip
+
+
+def git(*arguments: str) -> str:
+    """What git says of the folder of this file; nothing, where it is no checkout or there is no git."""
+    try:
+        call = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def write_episodes(path: Path, replays: dict[Scenario, Replays], objective: str) -> None:

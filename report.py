@@ -73,9 +73,7 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
 
 
-def write(
-    folder: Path, results: dict[str, Any], shown: list[str], episode: dict[str, Schedule] | None = None
-) -> list[Section]:
+def write(folder: Path, results: dict[str, Any], shown: list[str], episode: dict[str, Schedule] | None = None) -> None:
     """Write index.html, report.md and plots/*.{png,svg} into the folder.
 
     Args:
@@ -93,11 +91,10 @@ def write(
         for plot in (plot for section in sections for plot in section.plots):
             save(plot, folder / "plots")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = {"title": title(results), "verdict": verdict(results, look), "sections": sections, "results": results}
+    page = {"title": title(results), "verdict": verdict(results, look), "sections": sections}
     for name, template, escape in (("index.html", HTML, True), ("report.md", MARKDOWN, False)):
         with replacing(folder / name) as temporary:
             temporary.write_text(environment.overlay(autoescape=escape).from_string(template).render(page))
-    return sections
 
 
 def save(plot: Plot, folder: Path) -> None:
@@ -286,7 +283,7 @@ def payers(results: dict[str, Any], look: Look) -> Section:
     if not starving:
         text.append("No policy in this comparison starves anybody by that measure.")
     if others := [look.labels[name] for name in starving if name not in look.shown]:
-        text.append(f"Of the rules that are not drawn, these starve somebody as well: {', '.join(others)}.")
+        text.append(f"Of the policies that are not drawn, these starve somebody as well: {', '.join(others)}.")
     head = ["policy", "p99 of the wait", "longest wait", "jobs that wait longer than under fifo"]
     head += ["jobs beyond easy-fifo's longest wait", "starves"]
     rows = [

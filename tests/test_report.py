@@ -538,6 +538,16 @@ def test_one_episode_has_no_intervals_and_says_so(tmp_path: Path, capsys: pytest
     assert results_of(tmp_path / "out")["against"]["fifo"]["easy-sjf"]["latency"]["ci95"] == [None, None]
 
 
+def test_nobody_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ("--workload", SMALL, "--max-jobs", 60, "--load", 0.00001, "--loads", 0.00001, "--objective", "wait")
+    code, _, err = outcome(capsys, *short, "--policies", "fifo", "easy-sjf", "--report", "out")
+    assert (code, err) == (0, [])
+    results, text = results_of(tmp_path / "out"), (tmp_path / "out" / "report.md").read_text()
+    assert results["bound"] == {"mean": 0.0, "closed": {"fifo": None, "easy-sjf": None, "easy-fifo": None}}
+    assert results["against"]["fifo"]["easy-sjf"]["wait"]["mean"] is None
+    assert "No policy in this comparison starves anybody" in text and "nan" not in text.lower()
+
+
 def test_an_event_file_cut_short_is_drawn_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_runs(tmp_path)
     [events] = (tmp_path / RUNS[0]).glob("events*")
