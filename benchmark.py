@@ -547,7 +547,8 @@ def write_report(
 
 def trained(policy: OnnxPolicy) -> dict[str, Any]:
     names = ("algorithm", "workload", "objective", "reference", "rule", "steps", "seed")
-    return {name: getattr(policy.metadata, name) for name in names} | {"file": str(policy.path)}
+    file = {"file": str(policy.path), "sha256": hashlib.sha256(policy_bytes(policy)).hexdigest()}
+    return {name: getattr(policy.metadata, name) for name in names} | file
 
 
 def looks(policy: Policy) -> bool:
@@ -811,7 +812,7 @@ def attention(policy: OnnxPolicy, workload: Workload) -> dict[str, Any]:
 def binned(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
     """Mean x, and mean and quartiles of y, in about equally full bins of x."""
     number = np.searchsorted(np.unique(np.quantile(x, np.linspace(0, 1, ATTENTION_BINS + 1)[1:-1])), x)
-    groups = [number == k for k in np.unique(number)]
+    groups = [number == k for k in np.unique(number) if (number == k).mean() > 0.01]  # few jobs tell nothing
     quartiles = np.array([np.quantile(y[own], [0.25, 0.75]) for own in groups])
     means = {key: [float(values[own].mean()) for own in groups] for key, values in (("x", x), ("mean", y))}
     return means | {"low": quartiles[:, 0].tolist(), "high": quartiles[:, 1].tolist()}

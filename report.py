@@ -440,7 +440,10 @@ def provenance(results: dict[str, Any], look: Look) -> Section:
         ["seed of windows and bootstrap", f"{made['seed']}; {made['resamples']:,} resamples"],
         ["versions", ", ".join(f"{name} {version}" for name, version in made["versions"].items())],
         ["machine, date", f"{made['machine']}, {made['date']}"],
-        *([f"policy {look.labels[name]}", about["file"]] for name, about in results["trained"].items()),
+        *(
+            [f"policy {look.labels[name]}", f"{about['file']}, SHA-256 {about['sha256']}"]
+            for name, about in results["trained"].items()
+        ),
         *(["left out", line] for line in results["left_out"]),
     ]  # fmt: skip
     text = (

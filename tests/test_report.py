@@ -329,6 +329,9 @@ def test_the_figures_of_the_report_are_those_of_the_results(written: Path) -> No
         for found in (made["command"], made["commit"], made["trace_sha256"], *made["versions"].values()):
             assert found in content
     assert results["made"]["trace_sha256"] == hashlib.sha256(Path(SMALL).read_bytes()).hexdigest()
+    for run in RUNS:
+        digest = hashlib.sha256((written.parent / run / "policy.onnx").read_bytes()).hexdigest()
+        assert results["trained"][f"{Path(run).name}/policy.onnx"]["sha256"] == digest and digest in text
     assert list(results["policies"]) == [
         "easy-fifo",
         "easy-sjf",
