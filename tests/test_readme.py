@@ -53,6 +53,9 @@ COMMANDS = {
     # It would serve for ever: started, asked for the state that docs/deploy.md shows, and told to end.
     "python serve.py": "--port 0 & sleep 6; kill $!; wait $!; test $? = 143",
     "curl": "--fail --retry 30 --retry-delay 1 --retry-connrefused",
+    # Likewise; without a Slurm it tries again. tests/test_slurm_agent.py has one.
+    "python slurm_agent.py --policy": "--socket nowhere.sock & sleep 10; kill $!; wait $!",
+    "python slurm_agent.py export": "",
     "python tests/load.py": "--seconds 0.1 --jobs 8 --nodes 2",
 }
 ASK = ("curl", "python tests/load.py")
@@ -97,7 +100,7 @@ def short(command: str) -> str:
 
 
 def workload_of(command: str) -> str:
-    if "--resume" in command:  # any run would do, and this one is the fastest
+    if "--resume" in command or "slurm_agent.py" in command:  # any run of a trace would do, and this one is the fastest
         return "my_cluster.swf.gz"
     found = re.search(r"--workload (\S+)", command)
     return found[1] if found else "cloud"
@@ -120,6 +123,8 @@ class Reader:
         (folder / "my_cluster.swf.gz").write_bytes(gzip.compress(small, 1))
         (folder / "state.json").write_text(next(block for block in blocks("json") if '"queued"' in block))
         write_record(folder / "decisions.jsonl")
+        recorded = json.loads((ROOT / "tests" / "data" / "slurm_22_05.json").read_text())
+        (folder / "jobcomp.log").write_text(recorded["jobcomp"])
         if SHARED.is_dir():
             (folder / "traces").symlink_to(SHARED / "traces")
             (folder / "rlscheduler.json").symlink_to(SHARED / "reference" / "rlscheduler.json")

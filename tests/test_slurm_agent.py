@@ -4,6 +4,7 @@ A real Slurm is in test_slurm_cluster.py.
 """
 
 import json
+import re
 import signal
 import socketserver
 import subprocess
@@ -22,10 +23,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_policies import write_policy, write_random_policy
 
 import slurm_agent as sa
-from policies import load_policy
-from workloads import Cluster, Jobs, WorkloadError, generate_jobs, load_workload, offered_load
+from policies import PolicyError, load_policy
+from workloads import Jobs, WorkloadError, generate_jobs, load_workload, offered_load
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "tests" / "data" / "slurm_22_05.json").read_text())
@@ -329,11 +331,13 @@ def test_only_the_partition_that_was_asked_for(slurm: FakeSlurm) -> None:
     assert {job_id for job_id, _ in slurm.updates} == {1, 2}
 
 
-def test_a_thousand_jobs_take_less_than_a_second(slurm: FakeSlurm) -> None:
+@pytest.mark.parametrize("network", [False, True])
+def test_a_thousand_jobs_take_less_than_a_second(slurm: FakeSlurm, tmp_path: Path, network: bool) -> None:
     rng = np.random.default_rng(0)
     for job_id in range(1, 1_001):
         slurm.add(job_id, cpus=int(rng.integers(1, 17)), time_limit=int(rng.integers(1, 600)))
-    agent = agent_for(slurm)
+    policy = str(write_random_policy(tmp_path / "policy.onnx", sa.pool(16))) if network else "easy-saf"
+    agent = agent_for(slurm, policy=policy)
     sa.warm_up(agent.policy)
     passes = 0
     while agent.unsent or not passes:  # each sends for half a second and looks again
@@ -342,6 +346,8 @@ def test_a_thousand_jobs_take_less_than_a_second(slurm: FakeSlurm) -> None:
     own = agent.metrics.own._sum.get()
     assert own / passes < 1.0
     assert len(slurm.updates) == 1_000  # each once, whatever the number of passes
+    if network:
+        return
     areas = [slurm.jobs[job_id]["cpus"] * slurm.jobs[job_id]["time_limit"] for job_id in slurm.by_priority()]
     assert areas[40:] == sorted(areas[40:])  # behind what starts at once and the head
     slurm.add(2_000)
@@ -607,5 +613,16 @@ def test_processors_that_are_too_few(tmp_path: Path) -> None:
 
 
 def test_policies_for_other_clusters_are_refused(tmp_path: Path) -> None:
-    two = Cluster(np.ones((1, 2)), np.ones(1), ("cpu", "memory"))
-    assert two.capacity.shape == (1, 2)
+    write_policy(tmp_path / "policy.onnx", resources=2, workload="cloud")
+    with pytest.raises(
+        PolicyError, match=r"made for clusters with 2 kinds of resources \(cloud\), and this cluster has 1"
+    ):
+        sa.warm_up(load_policy(str(tmp_path / "policy.onnx")))
+
+
+def test_the_documented_flags_have_the_documented_defaults() -> None:
+    section = (ROOT / "docs" / "deploy.md").read_text().partition("## Slurm")[2]
+    rows = re.findall(r"^\| `--([\w-]+)` \| `(.*?)` \|", section, re.MULTILINE)
+    assert len(rows) >= 7
+    for flag, default in rows:
+        assert default == str(getattr(sa.Args, flag.replace("-", "_"))), flag
