@@ -394,8 +394,7 @@ def predicted_starts(snapshot: Snapshot, order: Sequence[SlurmJob]) -> dict[int,
 
 def hindsight(policy: Policy, finished: Sequence[SlurmJob], processors: int) -> dict[str, float]:
     """Mean wait of the recorded jobs: as they came, and replayed in the simulator under the policy and under FIFO."""
-    usable = sorted((job for job in finished if job.cpus <= processors), key=lambda job: job.eligible)
-    jobs = jobs_of(usable, usable[0].eligible)
+    jobs = jobs_of(ordered := sorted(finished, key=lambda job: job.eligible), ordered[0].eligible)
     workload = Workload("recorded", pool(processors), jobs, np.array([[0, len(jobs)]]), {})
     replayed = {"policy": policy, "fifo": load_policy("fifo"), BACKFILL_REFERENCE: load_policy(BACKFILL_REFERENCE)}
     waits = {name: float(who.schedule(workload)[0].wait.mean()) for name, who in replayed.items()}
@@ -608,9 +607,10 @@ class Agent:
         if self.replay and self.replay.done():
             self.note_hindsight(self.replay.result())
             self.replay = None
-        if len(self.finished) < HINDSIGHT_JOBS or not self.processors:
+        fitting = [job for job in self.finished.values() if job.cpus <= self.processors]
+        if len(fitting) < HINDSIGHT_JOBS:
             return
-        arguments = self.policy, list(self.finished.values()), self.processors
+        arguments = self.policy, fitting, self.processors
         if last:
             self.note_hindsight(hindsight(*arguments))
         elif not self.replay and time.time() - self.replayed > self.args.hindsight:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -165,59 +165,50 @@ def agent(base: Path, policy: str, mode: str = "live") -> Iterator[None]:
             process.wait(60)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a real Slurm adds to a job, in seconds."""
+def measured_latency(slurm: Cluster) -> float:
+    """Seconds from a job's submission to an idle cluster to its start, at all fractions of a second alike.
 
-    latency: float  # from its submission to an idle cluster to its start
-    overhead: float  # from the end of a job to the start of the next, which has waited for its processors
-
-
-def measured_costs(folder: Path) -> Costs:
-    """From jobs that come to an idle cluster, and from jobs that need all of it, one after the other.
-
-    Slurm schedules once a second: the former come at all fractions of a second alike, the latter last all alike.
+    Slurm schedules once a second.
     """
-    with cluster(folder / "calibration") as slurm:
-        latencies = []
-        for fraction in np.arange(8) / 8:
-            time.sleep(1.5 + fraction - time.time() % 1)
-            submitted = time.time()
-            job_id = slurm.submit(0.1, 1)
-            slurm.wait()
-            latencies.append(slurm.start_times([job_id])[0] - submitted)
-        run_times = np.random.default_rng(0).permutation(np.linspace(0.2, 1.2, 24, endpoint=False).round(2))
-        job_ids = [slurm.submit(run_time, PROCESSORS) for run_time in [*run_times, 0.2]]
+    latencies = []
+    for fraction in np.arange(8) / 8:
+        time.sleep(1.5 + fraction - time.time() % 1)
+        submitted = time.time()
+        job_id = slurm.submit(0.1, 1)
         slurm.wait()
-        overheads = np.diff(slurm.start_times(job_ids)) - run_times
-        return Costs(float(np.mean(latencies)), float(overheads.mean()))
+        latencies.append(slurm.start_times([job_id])[0] - submitted)
+    return float(np.mean(latencies))
 
 
-def run(base: Path, order: Order, jobs: Jobs, policy: str) -> np.ndarray:
-    """float64[N]: the waits of the jobs on a real Slurm."""
-    with cluster(base, order.scheduler) as slurm:
-        job_ids, submitted = [], []
+def measured_overhead(slurm: Cluster) -> float:
+    """Seconds from the end of a job to the start of the next, which waits for its processors: jobs that need all.
 
-        def submit_all() -> None:
-            begin = time.time()
-            for k in range(len(jobs)):
-                time.sleep(max(0.0, begin + jobs.submit_time[k] - time.time()))
-                submitted.append(time.time())
-                minutes, name = int(jobs.requested_time[k] // 60), f"app{jobs.executable[k]}"
-                job_ids.append(slurm.submit(jobs.run_time[k], int(jobs.demand[k, 0]), minutes, name))
-            slurm.wait()
-
-        if order.live:
-            with agent(base, policy):
-                submit_all()
-        else:
-            submit_all()
-        return slurm.start_times(job_ids) - np.array(submitted)
+    They last all fractions of a second alike.
+    """
+    run_times = np.random.default_rng(0).permutation(np.linspace(0.2, 1.2, 12, endpoint=False).round(2))
+    job_ids = [slurm.submit(run_time, PROCESSORS) for run_time in [*run_times, 0.2]]
+    slurm.wait()
+    return float((np.diff(slurm.start_times(job_ids)) - run_times).mean())
 
 
-def predicted(order: Order, jobs: Jobs, policy: str, costs: Costs) -> np.ndarray:
+def run(base: Path, order: Order, jobs: Jobs, policy: str) -> tuple[np.ndarray, float]:
+    """float64[N]: the waits of the jobs on a real Slurm; and the overhead of a job, as it was before and after."""
+    with cluster(base, order.scheduler) as slurm, agent(base, policy) if order.live else nullcontext():
+        before = measured_overhead(slurm)
+        job_ids, submitted, begin = [], [], time.time()
+        for k in range(len(jobs)):
+            time.sleep(max(0.0, begin + jobs.submit_time[k] - time.time()))
+            submitted.append(time.time())
+            minutes, name = int(jobs.requested_time[k] // 60), f"app{jobs.executable[k]}"
+            job_ids.append(slurm.submit(jobs.run_time[k], int(jobs.demand[k, 0]), minutes, name))
+        slurm.wait()
+        waits = slurm.start_times(job_ids) - np.array(submitted)
+        return waits, (before + measured_overhead(slurm)) / 2
+
+
+def predicted(order: Order, jobs: Jobs, policy: str, latency: float, overhead: float) -> np.ndarray:
     """float64[N]: the waits in the simulator, where Slurm hears of a job later and each job runs for longer."""
-    slowed = replace(jobs, submit_time=jobs.submit_time + costs.latency, run_time=jobs.run_time + costs.overhead)
+    slowed = replace(jobs, submit_time=jobs.submit_time + latency, run_time=jobs.run_time + overhead)
     workload = Workload("demo", pool(PROCESSORS), slowed, np.array([[0, len(jobs)]]), {})
     chooser = load_policy(policy if order.predicted_by == "policy" else order.predicted_by)
     return chooser.schedule(workload)[0].start_time - jobs.submit_time
@@ -237,30 +228,31 @@ def demo(folder: Path, args: Args) -> dict[str, dict[str, float]]:
     """For each order: mean and p95 of the waits, measured and predicted."""
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -10)  # Slurm's own time should not depend on what else the machine does
-    costs = measured_costs(folder)
-    print(f"Measured: a job starts after {costs.latency:.2f} s, and costs {costs.overhead:.2f} s beyond its own time.")
-    policy = args.policy or train(folder, costs.overhead, args.training_steps)
-    jobs = burst(args.seed, args.num_jobs, costs.overhead)
+    with cluster(folder / "calibration") as slurm:
+        latency, overhead = measured_latency(slurm), measured_overhead(slurm)
+    print(f"Measured: a job starts after {latency:.2f} s, and costs {overhead:.2f} s beyond its own time.", flush=True)
+    policy = args.policy or train(folder, overhead, args.training_steps)
+    jobs = burst(args.seed, args.num_jobs, overhead)
     results = {}
     for name in args.orders:
         print(f"{args.num_jobs} jobs over {jobs.submit_time[-1]:.0f} s: {ORDERS[name].title}", flush=True)
-        real = run(folder / name, ORDERS[name], jobs, policy)
-        simulated = predicted(ORDERS[name], jobs, policy, costs)
+        real, overhead = run(folder / name, ORDERS[name], jobs, policy)
+        simulated = predicted(ORDERS[name], jobs, policy, latency, overhead)
         results[name] = {
             "mean": real.mean(), "mean_predicted": simulated.mean(),
-            "p95": np.percentile(real, 95), "p95_predicted": np.percentile(simulated, 95),
+            "overhead": overhead, "p95": np.percentile(real, 95), "p95_predicted": np.percentile(simulated, 95),
         }  # fmt: skip
     return {name: {key: round(float(value), 2) for key, value in row.items()} for name, row in results.items()}
 
 
 def table(results: dict[str, dict[str, float]]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, caption="waits in seconds")
-    for heading in ("order", "mean", "simulator", "", "p95", "simulator", "mean to the first"):
+    for heading in ("order", "overhead", "mean", "simulator", "", "p95", "simulator", "mean to the first"):
         shown.add_column(heading, justify="left" if heading == "order" else "right")
     first = next(iter(results.values()))["mean"]
     for name, row in results.items():
         shown.add_row(
-            ORDERS[name].title, f"{row['mean']:.1f}", f"{row['mean_predicted']:.1f}",
+            ORDERS[name].title, f"{row['overhead']:.2f}", f"{row['mean']:.1f}", f"{row['mean_predicted']:.1f}",
             f"({row['mean_predicted'] / row['mean'] - 1:+.0%})", f"{row['p95']:.1f}", f"{row['p95_predicted']:.1f}",
             f"{row['mean'] / first - 1:+.0%}",
         )  # fmt: skip
