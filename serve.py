@@ -263,28 +263,36 @@ def cluster_state(state: State) -> ClusterState:
     if any(given.free is not None for given in state.nodes):
         rows = [left if given.free is None else given.free for given, left in zip(state.nodes, free, strict=True)]
         free = _amounts(rows, resources, "nodes", "free")
-    kinds = np.array(list({tuple(given.capacity) for given in state.nodes}))
-    slack = 1e-9 * capacity  # operators' sums are rounded
-    if len(index) < len(state.nodes):
-        raise Refused(("nodes", _first_repeated([node.name for node in state.nodes]), "name"), "there twice")
-    names = [job.id for job in state.running] + [job.id for job in state.queued]
+    found = ClusterState(state.now, cluster, queued, running, start_time, node, finished, free)
+    _refuse_contradictions(state, found, used)
+    return found
+
+
+def _refuse_contradictions(state: State, found: ClusterState, used: np.ndarray) -> None:
+    """`used` float64[M, R] is what the running jobs take."""
+    names, first = [job.id for job in state.running] + [job.id for job in state.queued], len(state.running)
     if len(set(names)) < len(names):
-        k, first = _first_repeated(names), len(state.running)
+        k = _first_repeated(names)
         raise Refused((*(("queued", k - first) if k >= first else ("running", k)), "id"), "there twice")
+    names = [node.name for node in state.nodes]
+    if len(set(names)) < len(names):
+        raise Refused(("nodes", _first_repeated(names), "name"), "there twice")
+    queued, running, capacity = found.queued, found.running, found.cluster.capacity
+    kinds = np.array(list({tuple(node.capacity) for node in state.nodes}))
+    slack = 1e-9 * capacity  # operators' sums are rounded
     checks = (
         ("queued", "submit_time", queued.submit_time > state.now, "after now"),
-        ("running", "start_time", start_time > state.now, "after now"),
-        ("running", "submit_time", running.submit_time > start_time, "after start_time"),
-        ("running", "node", node < 0, "none of the nodes"),
+        ("running", "start_time", found.start_time > state.now, "after now"),
+        ("running", "submit_time", running.submit_time > found.start_time, "after start_time"),
+        ("running", "node", found.node < 0, "none of the nodes"),
         ("queued", "demand", queued.demand.max(1, initial=0) == 0, "nothing; leave the job out"),
         ("queued", "demand", ~(queued.demand[:, None] <= kinds).all(2).any(1), "more than any node has; leave it out"),
         ("nodes", "capacity", (used > capacity + slack).any(1), "less than its running jobs take"),
-        ("nodes", "free", (free > capacity - used + slack).any(1), "more than its running jobs leave"),
-    )  # fmt: skip
+        ("nodes", "free", (found.free > capacity - used + slack).any(1), "more than its running jobs leave"),
+    )
     if np.concatenate([wrong for _, _, wrong, _ in checks]).any():
         part, field, wrong, problem = next(check for check in checks if check[2].any())
         raise Refused((part, int(wrong.argmax()), field), problem)
-    return ClusterState(state.now, cluster, queued, running, start_time, node, finished, free)
 
 
 def _amounts(rows: list[Any], resources: int, part: str, field: str) -> np.ndarray:
@@ -779,7 +787,8 @@ def main(args: Args) -> None:
     gc.collect()
     gc.freeze()  # or the collector goes through all that was imported, for tens of milliseconds, in some request
     log.info("policy %s, version %s, at %s", service.model.policy.name, service.model.version, where)
-    uvloop.run(serve(service, create_app(service, token), listener))
+    with suppress(KeyboardInterrupt):
+        uvloop.run(serve(service, create_app(service, token), listener))
 
 
 def fail(error: Exception) -> NoReturn:

@@ -492,10 +492,11 @@ def test_kill_during_a_reload(tmp_path: Path) -> None:
         read_decisions(record)
 
 
-def test_it_ends_when_told_to() -> None:
+@pytest.mark.parametrize("told, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
+def test_it_ends_when_told_to(told: int, code: int) -> None:
     with running("--policy", "easy-sjf") as session:
-        session.process.send_signal(signal.SIGTERM)
-        assert session.process.wait(10) in (0, -signal.SIGTERM)
+        session.process.send_signal(told)
+        assert session.process.wait(20) == code
         assert "Traceback" not in session.process.stderr.read()
 
 
