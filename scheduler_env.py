@@ -80,9 +80,8 @@ def by_reference(context, value):
 
 # --------------------------------------------------------------------------------------------------------- rules
 # Orders: the first seven never change while a job waits, so the queue is kept sorted by them.
-FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, SJF_HISTORY, SAF_HISTORY, TETRIS = range(
-    14
-)
+FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, SJF_HISTORY, SAF_HISTORY = range(13)
+TETRIS, TUNED = 13, 14
 ORDERS = {
     "fifo": FIFO,
     "sjf": SJF,
@@ -96,7 +95,7 @@ ORDERS = {
     "saf-history": SAF_HISTORY,
 }
 BLOCKING, GREEDY, EASY = range(3)  # what happens while the head does not fit: nothing, anything, backfilling
-FASTEST, BEST_FIT, FIRST, ROUND_ROBIN, RANDOM_NODE = range(5)
+FASTEST, BEST_FIT, TUNED_NODE, FIRST, ROUND_ROBIN, RANDOM_NODE = range(6)
 OBJECTIVES = {"latency": 0, "wait": 1, "slowdown": 2}
 LATENCY, WAIT, SLOWDOWN = range(3)
 SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in parallel job scheduling", 1997
@@ -110,6 +109,21 @@ class Rule(NamedTuple):
     backfill: int
     mode: int
     nodes: int = FASTEST
+    weights: tuple[float, ...] = ()  # of a tuned rule
+
+
+# What a tuned rule adds up, times weights: TERMS once for the order of heads, once for that of backfilling and once for
+# whether the head gets a reservation (below zero); NODE_TERMS for the choice of its node. The classical orders that
+# look at these are special cases, up to a monotone function: SJF, SAF, WFP3, UNICEP, XF.
+TERMS = ("one", "requested", "size", "estimate", "expansion", "waited", "root_waited")
+TERMS += ("requested_queued", "size_queued", "waited_queued")
+NODE_TERMS = ("speed", "left", "least_left", "most_left", "speed_requested")
+TERM_COUNT, HEAD_TERMS, BACKFILL_TERMS, RESERVE_TERMS, NODE_WEIGHTS = len(TERMS), 0, 1, 2, 3 * len(TERMS)
+
+
+def tuned_rule(weights: np.ndarray) -> str:
+    """The name of the tuned rule with these weights float64[3 * TERMS + NODE_TERMS]; they are part of the name."""
+    return "tuned:" + ",".join(f"{w:.6g}" for w in weights)
 
 
 _NAMED_RULES = {
@@ -141,6 +155,8 @@ def parse_rule(name: str) -> Rule:
     """
     if name in _NAMED_RULES:
         return _NAMED_RULES[name]
+    if name.startswith("tuned:"):
+        return Rule(name, TUNED, TUNED, EASY, TUNED_NODE, _weights(name))
     mode, order = BLOCKING, name
     for prefix, prefix_mode in (("easy-", EASY), ("greedy-", GREEDY)):
         if name.startswith(prefix):
@@ -150,6 +166,17 @@ def parse_rule(name: str) -> Rule:
         known = ", ".join([*ORDERS, *_NAMED_RULES])
         raise ValueError(f"unknown rule {name!r}: use [easy-|greedy-]ORDER or easy-ORDER+BACKFILL; known: {known}")
     return Rule(name, ORDERS[head], ORDERS[backfill] if plus else ORDERS[head], mode)
+
+
+def _weights(name: str) -> tuple[float, ...]:
+    expected = NODE_WEIGHTS + len(NODE_TERMS)
+    try:
+        weights = tuple(float(w) for w in name.removeprefix("tuned:").split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != expected or not np.isfinite(weights).all():
+        raise ValueError(f"{name!r}: a tuned rule has {expected} numbers behind its colon; let tuned_rule.py find them")
+    return weights
 
 
 def static_score(order: int, jobs: Jobs, size: np.ndarray) -> np.ndarray:
@@ -171,15 +198,18 @@ def static_score(order: int, jobs: Jobs, size: np.ndarray) -> np.ndarray:
 Problem = namedtuple(
     "Problem",
     "jobs demand features groups capacity speed unit fastest total "
-    "head backfill mode nodes sorted_head objective easy lock_in",
+    "head backfill mode nodes weights sorted_head recorded objective easy lock_in",
 )
-JOB = np.dtype([(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")])
-# What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the running jobs
-# by their ends (descending) and by when they are due, which is by requested time (ascending); what is free[m, r] and
+JOB = np.dtype(
+    [(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")]
+    + [(x, "f8") for x in ("log_requested", "log_size", "recorded")]
+)
+# What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the part of it
+# in an agent's view, and a rank or score for each job in it; the running jobs by their ends (descending) and by when they are due, which is by requested time (ascending); what is free[m, r] and
 # what stays spare[r] beside the reservation; most[r], more than which no node has free; room[m, r] to reckon in;
 # history[g], what is known of a group of jobs; and the plan, which says when and where a job has started or, if it has
 # not, is going to be started by the reference rule.
-Sim = namedtuple("Sim", "s queue order ends dues free spare most room history plan")
+Sim = namedtuple("Sim", "s queue order seen rank score ends dues free spare most room history plan")
 TIMED = np.dtype([("time", "f8"), ("job", "i8")])
 START = np.dtype([("start", "f8"), ("node", "i8")])
 SCALARS = np.dtype(
@@ -456,6 +486,8 @@ def reserve(sim, p, i, m):
 @kernel
 def estimate(sim, p, i):
     """Mean of the user's last two run times, at most what was requested (Tsafrir, Etsion & Feitelson 2007)."""
+    if p.recorded:
+        return p.jobs[i].recorded
     g = p.groups[i, 0]
     if g < 0 or sim.history[g, COUNT] < 2:
         return p.jobs[i].requested
@@ -481,6 +513,26 @@ def score(sim, p, order, i):
 
 
 @kernel
+def tuned_score(sim, p, terms, i):
+    """The weighted sum of a tuned rule's TERMS for job i; logarithms of minutes and of 256ths of the cluster."""
+    w = p.weights[terms * TERM_COUNT : (terms + 1) * TERM_COUNT]
+    wait = sim.s[0].now - p.jobs[i].submit
+    requested, size, waited = p.jobs[i].log_requested, p.jobs[i].log_size, np.log1p(wait / 60)
+    value = w[0] + w[1] * requested + w[2] * size
+    if w[3] != 0:
+        value += w[3] * np.log1p(estimate(sim, p, i) / 60)
+    value += w[4] * np.log1p(wait / (p.jobs[i].requested + 60)) + w[5] * waited + w[6] * np.sqrt(wait / 3600)
+    return value + np.log1p(sim.s[0].queued) / 5 * (w[7] * requested + w[8] * size + w[9] * waited)
+
+
+@kernel
+def head_score(sim, p, i):
+    if p.head <= STATIC or p.head == TETRIS:  # which has no order of jobs: as submitted
+        return p.jobs[i].head_score
+    return tuned_score(sim, p, HEAD_TERMS, i) if p.head == TUNED else score(sim, p, p.head, i)
+
+
+@kernel
 def head_job(sim, p):
     if p.sorted_head:
         return sim.order[0]
@@ -489,7 +541,7 @@ def head_job(sim, p):
     best, best_score = -1, np.inf
     for k in range(sim.s[0].queued):
         i = sim.queue[k]
-        value = p.jobs[i].head_score if p.head <= STATIC else score(sim, p, p.head, i)
+        value = head_score(sim, p, i)
         if value < best_score or best < 0:
             best, best_score = i, value
     return best
@@ -506,17 +558,22 @@ def choose_node(sim, p, i):
         offset = sim.s[0].started % nodes
     elif p.nodes == RANDOM_NODE:
         offset = (i * 2654435761 % 4294967296) % nodes
-    best, best_speed, best_left = -1, -1.0, np.inf
+    best, best_speed, best_left = -1, -np.inf, np.inf
     for k in range(nodes):
         m = (k + offset) % nodes
         if not allowed(sim, p, i, m):
             continue
         if p.nodes >= FIRST:
             return m
-        left = 0.0
+        left, least, most = 0.0, np.inf, -np.inf
         for r in range(p.demand.shape[1]):
-            left += (sim.free[m, r] - p.demand[i, r]) * p.unit[r]
+            over = (sim.free[m, r] - p.demand[i, r]) * p.unit[r]
+            left, least, most = left + over, min(least, over), max(most, over)
         speed = p.speed[m] if p.nodes == FASTEST else 0.0
+        if p.nodes == TUNED_NODE:
+            w = p.weights[NODE_WEIGHTS:]
+            speed = p.speed[m] / p.fastest * (w[0] + w[4] * p.jobs[i].log_requested)
+            speed -= w[1] * left + w[2] * least + w[3] * most
         if speed > best_speed or (speed == best_speed and left < best_left):
             best, best_speed, best_left = m, speed, left
     return best
@@ -601,7 +658,7 @@ def first_allowed(sim, p):
         i = sim.queue[k]
         m = choose_node(sim, p, i) if within_most(sim, p, i) else -1
         if m >= 0:
-            value = score(sim, p, p.backfill, i)
+            value = tuned_score(sim, p, BACKFILL_TERMS, i) if p.backfill == TUNED else score(sim, p, p.backfill, i)
             if value < best_score:
                 best, best_node, best_score = i, m, value
     return best, best_node
@@ -616,6 +673,8 @@ def rule_decision(sim, p):
     if s.reserved < 0 and (p.mode != GREEDY or p.lock_in):
         head = head_job(sim, p)
         m = choose_node(sim, p, head)
+        if m < 0 and p.head == TUNED and not p.lock_in and tuned_score(sim, p, RESERVE_TERMS, head) > 0:
+            return first_allowed(sim, p)
         return head, m if m >= 0 else choose_reservation(sim, p, head)
     if p.mode == BLOCKING:
         return -1, -1
@@ -736,26 +795,49 @@ def run_rule(sim, p, until):
 
 # ------------------------------------------------------------------------------------ observations and one step
 JOB_FEATURES = ("present", "requested", "size", "area", "waited", "expansion", "fits", "may_start", "earliest_start")
-JOB_FEATURES += ("reserved", "rule_choice", "position", "user_time", "user_known", "request_time", "request_known")
+JOB_FEATURES += ("reserved", "rule_choice", "position", "rank", "user_time", "user_known", "request_time", "request_known")
 JOB_FEATURES += ("kind_time", "kind_known")  # then R columns: demand over the largest node's capacity
 NODE_FEATURES = ("speed", "reserved", "shadow", "next_release", "rule_choice")  # then R of free and R of capacity
 CLUSTER_FEATURES = ("queued", "hidden", "running", "reservation", "shadow", "rule_waits", "queued_work")
-PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION = range(
-    12
+PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION, RANK = range(
+    13
 )
-HISTORY = 12
+HISTORY = 13
 STATIC_FEATURES = 4  # the first ones never change while a job waits
 JOB_WIDTH, NODE_WIDTH, CLUSTER_WIDTH = len(JOB_FEATURES), len(NODE_FEATURES), len(CLUSTER_FEATURES)
 
 
 @kernel
-def can_choose(sim, p, window):
+def look(sim, p, window):
+    """Bring the queue into view, in order of submission or, where it is longer than the window, its oldest jobs for one
+    half and those of the others that the rule ranks first for the other."""
+    s = sim.s[0]
+    s.visible = min(window, s.queued)
+    oldest = s.queued if s.queued <= window else (window + 1) // 2
+    for k in range(oldest):
+        sim.seen[k] = sim.queue[k]
+    count = oldest
+    for k in range(oldest, s.queued):
+        i = sim.queue[k]
+        value = head_score(sim, p, i)
+        if count == window and (window == oldest or value >= sim.rank[count - 1]):
+            continue
+        count = min(count + 1, window)
+        j = count - 1
+        while j > oldest and sim.rank[j - 1] > value:
+            sim.seen[j], sim.rank[j] = sim.seen[j - 1], sim.rank[j - 1]
+            j -= 1
+        sim.seen[j], sim.rank[j] = i, value
+
+
+@kernel
+def can_choose(sim, p):
     """Whether some visible job may start now."""
     if sim.s[0].reserved >= 0 and not p.easy:
         return False
-    for k in range(min(window, sim.s[0].queued)):
+    for k in range(sim.s[0].visible):
         for m in range(p.speed.shape[0]):
-            if allowed(sim, p, sim.queue[k], m):
+            if allowed(sim, p, sim.seen[k], m):
                 return True
     return False
 
@@ -765,12 +847,13 @@ def settle(sim, p, window):
     """Let time pass until the agent has a choice. False: every job of the episode has started."""
     s = sim.s[0]
     while s.queued > 0 or s.arrived < s.stop:
+        look(sim, p, window)
         if p.lock_in:
             if s.queued > 0:
                 return True
             lock_in_event(sim, p)
             continue
-        if can_choose(sim, p, window):
+        if can_choose(sim, p):
             return True
         if s.on_track and (s.queued > window or not p.easy):  # the rule sees and may do what the agent cannot
             i, m = rule_decision(sim, p)
@@ -808,18 +891,31 @@ def job_row(sim, p, i, row, legal):
 
 
 @kernel
+def rank_view(sim, p):
+    """Leave in `rank` how many jobs in view the rule ranks before each (equal scores: the older first)."""
+    visible = sim.s[0].visible
+    for k in range(visible):
+        sim.score[k], sim.rank[k] = head_score(sim, p, sim.seen[k]), 0
+        for j in range(k):
+            after = sim.score[j] <= sim.score[k]
+            sim.rank[k] += after
+            sim.rank[j] += not after
+
+
+@kernel
 def observe(sim, p, window, obs, mask):
     """Write the observation (float32[D], see `split`) and the mask (bool[K*M + 1]) of a decision point."""
     s = sim.s[0]
     nodes, resources = p.capacity.shape
-    visible = min(window, s.queued)
+    visible = s.visible
     s.rule_job, s.rule_node = rule_decision(sim, p)
     job_width, node_width = JOB_WIDTH + resources, NODE_WIDTH + 2 * resources
     obs[:] = 0
     mask[:] = False
     work = 0.0
+    rank_view(sim, p)
     for k in range(visible):
-        i = sim.queue[k]
+        i = sim.seen[k]
         row = obs[k * job_width : (k + 1) * job_width]
         for f in range(STATIC_FEATURES):
             row[f] = p.features[i, f]
@@ -827,6 +923,7 @@ def observe(sim, p, window, obs, mask):
             row[JOB_WIDTH + r] = p.features[i, STATIC_FEATURES + r]
         job_row(sim, p, i, row, mask[k * nodes : (k + 1) * nodes])
         row[POSITION] = k / window
+        row[RANK] = np.log1p(sim.rank[k]) / 4
         work += p.jobs[i].requested * p.jobs[i].size
     mask[window * nodes] = s.reserved >= 0 and not p.lock_in
     until_shadow = np.log1p(max(0.0, s.shadow - s.now)) / 12 if s.reserved >= 0 else 0.0
@@ -898,8 +995,8 @@ def problem_of(whole, batch, e):
     return Problem(
         whole.jobs[a:b], whole.demand[a:b], whole.features[a:b], batch.groups[e],
         whole.capacity, whole.speed, whole.unit, whole.fastest, whole.total,
-        whole.head, whole.backfill, whole.mode, whole.nodes, whole.sorted_head,
-        whole.objective, whole.easy, whole.lock_in,
+        whole.head, whole.backfill, whole.mode, whole.nodes, whole.weights, whole.sorted_head,
+        whole.recorded, whole.objective, whole.easy, whole.lock_in,
     )  # fmt: skip
 
 
@@ -911,6 +1008,9 @@ def sim_of(batch, e, plan):
         b.s[e : e + 1],
         b.queue[e],
         b.order[e],
+        b.seen[e],
+        b.rank[e],
+        b.score[e],
         b.ends[e],
         b.dues[e],
         b.free[e],
@@ -990,7 +1090,7 @@ def step_env(sim, p, other, plan, action):
     nodes = p.speed.shape[0]
     i = m = -1
     if action < plan.window * nodes:
-        i, m = sim.queue[action // nodes], action % nodes
+        i, m = sim.seen[action // nodes], action % nodes
     s.on_track = i == s.rule_job and m == s.rule_node
     s.gain, s.clear = 0.0, -np.inf
     if i < 0:
@@ -1076,15 +1176,21 @@ def restore(problem, simulation, now, finished, running):
 def observe_moment(problem, simulation, window, obs, mask):
     """Write what an agent sees; whether it has a choice."""
     p, sim = by_reference(problem), by_reference(simulation)
+    look(sim, p, window)
     observe(sim, p, window, obs, mask)
-    return can_choose(sim, p, window)
+    return can_choose(sim, p)
+
+
+@entry
+def look_at_moment(problem, simulation, window):
+    look(by_reference(simulation), by_reference(problem), window)
 
 
 @entry
 def act_at_moment(problem, simulation, action):
     """Start or reserve; returns the job and its node."""
     p, sim = by_reference(problem), by_reference(simulation)
-    i, m = sim.queue[action // p.speed.shape[0]], action % p.speed.shape[0]
+    i, m = sim.seen[action // p.speed.shape[0]], action % p.speed.shape[0]
     act(sim, p, i, m)
     return i, m
 
@@ -1114,10 +1220,8 @@ def rule_scores(problem, simulation, scores):
         i = first + k
         if not possible_somewhere(p, i):
             scores[k] = np.inf
-        elif p.head <= STATIC or p.head == TETRIS:
-            scores[k] = p.jobs[i].head_score
         else:
-            scores[k] = score(sim, p, p.head, i)
+            scores[k] = head_score(sim, p, i)
 
 
 # ------------------------------------------------------------------------------------------- from jobs to arrays
@@ -1206,6 +1310,25 @@ def _past(jobs: Jobs, groups: np.ndarray) -> Past:
     return Past(offset, end[order], run[order])
 
 
+def uses_history(rule: Rule) -> bool:
+    """Whether the rule looks at what the users' jobs took that have finished."""
+    estimates = np.array(rule.weights[:NODE_WEIGHTS]).reshape(-1, TERM_COUNT)[:, TERMS.index("estimate")]
+    return bool({rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY}) or bool(estimates.any())
+
+
+def _recorded(jobs: Jobs) -> np.ndarray:
+    """float64[N]: what `estimate` would have been when each job was submitted, by the ends that the trace recorded."""
+    users = _groups(jobs)[:, :1]
+    past, group = _past(jobs, users), users[:, 0]
+    estimates = np.maximum(jobs.requested_time, 0.0)
+    for g in range(len(past.offset) - 1):
+        mine, run = np.flatnonzero(group == g), past.run[past.offset[g] : past.offset[g + 1]]
+        known = np.searchsorted(past.end[past.offset[g] : past.offset[g + 1]], jobs.submit_time[mine], side="right")
+        mine, known = mine[known >= 2], known[known >= 2]
+        estimates[mine] = np.minimum(estimates[mine], 0.5 * (run[known - 1] + run[known - 2]))
+    return estimates
+
+
 def _grid(cluster: Cluster) -> np.ndarray:
     """float64[R], fine enough for anyone: sums of multiples of it are exact whatever the order of the events."""
     return 2.0 ** (np.ceil(np.log2(cluster.capacity.max(0))) - 40)
@@ -1221,6 +1344,7 @@ def _problem(
     backfill: str = "easy",
     lock_in: bool = False,
     scores: np.ndarray | None = None,
+    recorded: np.ndarray | None = None,
 ) -> Problem:
     size = job_size(jobs, cluster)
     unit = 1.0 / cluster.capacity.max(0)
@@ -1232,11 +1356,14 @@ def _problem(
     table["submit"], table["run"], table["requested"] = jobs.submit_time, jobs.run_time, jobs.requested_time
     table["size"], table["head_score"] = size, static_score(rule.head, jobs, size) if scores is None else scores
     table["backfill_score"] = static_score(rule.backfill, jobs, size) if scores is None else scores
+    table["log_requested"] = np.log1p(requested / 60)
+    table["log_size"] = np.log1p(256 * size / cluster.capacity[:, 0].sum())
+    table["recorded"] = requested if recorded is None else recorded
     return Problem(
         table, np.ascontiguousarray(jobs.demand), features, groups,
         cluster.capacity, cluster.speed, unit, float(cluster.speed.max()), float(cluster.capacity[:, 0].sum()),
-        *rule[1:], rule.head == rule.backfill and rule.head <= STATIC,
-        OBJECTIVES[objective], backfill == "easy", lock_in,
+        *rule[1:-1], np.array(rule.weights), rule.head == rule.backfill and rule.head <= STATIC,
+        recorded is not None, OBJECTIVES[objective], backfill == "easy", lock_in,
     )  # fmt: skip
 
 
@@ -1255,6 +1382,7 @@ class _Simulator:
         backfill: str = "easy",
         lock_in: bool = False,
         history: bool = True,
+        recorded: bool = False,
         scores: np.ndarray | None = None,
     ) -> None:
         jobs, cluster = workload.jobs, workload.cluster
@@ -1265,13 +1393,14 @@ class _Simulator:
         self.jobs, self.cluster, self.length = jobs, cluster, length
         if lock_in and rule.head == TETRIS:
             raise ValueError("tetris has no order of jobs, which lock_in needs; use another rule")
-        self.rule_uses_history = bool({rule.head, rule.backfill} & {SJF_HISTORY, SAF_HISTORY})
+        self.rule_uses_history = uses_history(rule) and not recorded
         history = history or self.rule_uses_history
         groups = _groups(jobs) if history else np.full((len(jobs), 3), -1, np.int32)
         self.past = _past(jobs, groups) if history else Past(np.zeros(1, np.int64), np.zeros(0), np.zeros(0))
         self.whole = _problem(
-            jobs, cluster, groups, rule, objective=objective, backfill=backfill, lock_in=lock_in, scores=scores
-        )
+            jobs, cluster, groups, rule, objective=objective, backfill=backfill, lock_in=lock_in, scores=scores,
+            recorded=_recorded(jobs) if recorded and uses_history(rule) else None,
+        )  # fmt: skip
         self.batch = self._allocate(count, length, 3 * length if history else 0)
         self.batch.s["stop"] = length
         self._others = self._allocate(threads, length, 3 * length if self.rule_uses_history else 0)
@@ -1321,6 +1450,9 @@ class _Simulator:
             np.zeros(count, SCALARS),
             empty(length, dtype=np.int64),
             empty(length, dtype=np.int64),
+            empty(length, dtype=np.int64),
+            empty(length),
+            empty(length),
             empty(length, dtype=TIMED),
             empty(length, dtype=TIMED),
             empty(nodes, resources),
@@ -1433,7 +1565,7 @@ class Moment:
         # What is neither free nor due to be is of no use now, nor for a reservation.
         self.problem = problem._replace(capacity=np.minimum(capacity, free + used))
         self.sim = Sim(
-            np.zeros(1, SCALARS), np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, TIMED),
+            np.zeros(1, SCALARS), *np.zeros((3, count), np.int64), *np.zeros((2, count)), np.zeros(count, TIMED),
             np.zeros(count, TIMED), free, np.zeros(resources), np.zeros(resources), np.zeros((nodes, resources)),
             np.zeros((int(groups.max(initial=-1)) + 1, 4)), plan,
         )  # fmt: skip
@@ -1465,8 +1597,9 @@ class Moment:
         return [(self._number(job), int(node)) for job, node in choices[:count]]
 
     def visible(self, window: int) -> np.ndarray:
-        """int64[...]: the jobs in the window of an agent, oldest first."""
-        return self.numbers[self.sim.queue[: min(window, int(self.sim.s[0]["queued"]))] - self._first]
+        """int64[...]: the jobs in the window of an agent, in the order of its actions."""
+        look_at_moment(self.problem, self.sim, window)
+        return self.numbers[self.sim.seen[: self.sim.s[0]["visible"]] - self._first]
 
     def rule_order(self) -> np.ndarray:
         """int64[Q]: all queued jobs in the rule's order of heads; those that are too large for every node last."""
@@ -1544,7 +1677,8 @@ class SchedulerVectorEnv(VectorEnv):
 
     Args:
         workload: a preset's name, the path of a trace, or a Workload.
-        queue_window: K, how many of the oldest queued jobs the agent sees.
+        queue_window: K, how many queued jobs the agent sees: all or, where there are more, the oldest for one half and
+            the first in the reference's order for the other.
         backfill: "easy", or "none": a reservation blocks until the next event.
         objective: "latency", "wait" or "slowdown".
         reward: "improvement": what the choice gained over the reference rule, relative to its cost in the episode, by
@@ -1555,6 +1689,8 @@ class SchedulerVectorEnv(VectorEnv):
         split: "train", "validation", "test" or "all".
         num_threads: default: one a core, if each has 8 environments or more.
         full_rollouts: never stop a roll-out early, where it meets the known trajectory (slower, the same rewards).
+        recorded_history: a reference that looks at the history of users takes, for each job, what the trace says was
+            known when it was submitted, not what has finished in the simulation: roll-outs can then stop early.
 
     Observations, masks and rewards are written into the same buffers at every step; copy what you keep. Sub-environment
     i draws its episodes from seed + i alone, so they do not depend on `num_envs` or `num_threads`.
@@ -1586,6 +1722,7 @@ class SchedulerVectorEnv(VectorEnv):
         split: str = "train",
         num_threads: int | None = None,
         full_rollouts: bool = False,
+        recorded_history: bool = False,
         render_mode: str | None = None,
     ) -> None:
         for name, value, least in (
@@ -1619,7 +1756,7 @@ class SchedulerVectorEnv(VectorEnv):
         threads = num_threads or max(1, min(os.cpu_count() or 1, num_envs // 8))
         self._core = _Simulator(
             self.workload, rule, num_envs, self.length, threads=min(threads, num_envs),
-            objective=objective, backfill=backfill, lock_in=lock_in,
+            objective=objective, backfill=backfill, lock_in=lock_in, recorded=recorded_history,
         )  # fmt: skip
         full = full_rollouts or lock_in or self._core.rule_uses_history or reward == "cost"
         self._plan = Plan(queue_window, warmup_jobs, num_jobs, followup_jobs, reward == "improvement", full)
@@ -1691,10 +1828,10 @@ class SchedulerVectorEnv(VectorEnv):
 
     def rule_actions(self) -> np.ndarray:
         """int64[num_envs]: what the reference rule would do; the first legal action where that is out of sight."""
-        s, k = self._core.batch.s, self.layout.window
+        s = self._core.batch.s
         actions = np.full(self.num_envs, self.layout.actions - 1)
         for e in np.flatnonzero(s["rule_job"] >= 0):
-            seen = np.flatnonzero(self._core.batch.queue[e, : min(k, s["queued"][e])] == s["rule_job"][e])
+            seen = np.flatnonzero(self._core.batch.seen[e, : s["visible"][e]] == s["rule_job"][e])
             actions[e] = seen[0] * self.layout.nodes + s["rule_node"][e] if len(seen) else self._mask[e].argmax()
         return np.where(self._mask[np.arange(self.num_envs), actions], actions, self._mask.argmax(1))
 

@@ -139,6 +139,14 @@ class SlowCluster:
         return [i for i in range(self.count) if self.jobs.submit_time[i] <= self.now and self.start[i] == np.inf]
 
     @property
+    def view(self) -> list[int]:
+        """The jobs in the window: the oldest for one half, the shortest of the others (easy-sjf's) for the other."""
+        queue = self.queue
+        oldest = len(queue) if len(queue) <= self.window else (self.window + 1) // 2
+        others = sorted(queue[oldest:], key=lambda i: (self.jobs.requested_time[i], i))
+        return queue[:oldest] + others[: self.window - oldest]
+
+    @property
     def arrived(self) -> int:
         return int((self.jobs.submit_time <= self.now).sum())
 
@@ -181,7 +189,7 @@ class SlowCluster:
         return m != r.node or in_time or within(self.jobs.demand[i], r.spare)
 
     def has_choice(self) -> bool:
-        return any(self.may_start(i, m) for i in self.queue[: self.window] for m in range(len(self.cluster.speed)))
+        return any(self.may_start(i, m) for i in self.view for m in range(len(self.cluster.speed)))
 
     def next_event(self) -> None:
         times = np.concatenate([self.jobs.submit_time, self.end[self.order]])
@@ -198,7 +206,7 @@ class SlowCluster:
     def mask(self) -> np.ndarray:
         nodes = len(self.cluster.speed)
         mask = np.zeros((self.window, nodes), bool)
-        for k, i in enumerate(self.queue[: self.window]):
+        for k, i in enumerate(self.view):
             for m in range(nodes):
                 ever = within(self.jobs.demand[i], self.cluster.capacity[m])
                 mask[k, m] = self.may_start(i, m) or (not self.fits(i, m) and ever and self.reservation is None)
@@ -217,7 +225,7 @@ class SlowCluster:
         if k == self.window:
             self.next_event()
         else:
-            i = self.queue[k]
+            i = self.view[k]
             if self.fits(i, m):
                 self.begin(i, m)
             else:

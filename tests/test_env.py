@@ -351,7 +351,8 @@ def test_job_node_and_cluster_features_are_recounted(workload, window, seed):
             slow.step(actions[-1])
         assert env.observation_space.contains(observation)
         part = env.split(observation)
-        visible = slow.queue[:window]
+        visible = slow.view
+        ranked = sorted(visible, key=lambda i: (jobs.requested_time[i], visible.index(i)))
         for row, i in zip(part.jobs, visible, strict=False):
             wait = slow.now - jobs.submit_time[i]
             fitting = [m for m in range(len(cluster.speed)) if slow.fits(i, m)]
@@ -367,6 +368,7 @@ def test_job_node_and_cluster_features_are_recounted(workload, window, seed):
                 "may_start": float(any(slow.may_start(i, m) for m in fitting)),
                 "earliest_start": np.log1p(min(slow.shadow(i, m)[0] for m in able) - slow.now) / 12,
                 "reserved": float(slow.reservation is not None and slow.reservation.job == i),
+                "rank": np.log1p(ranked.index(i)) / 4,
             }
             assert {name: row[JOB[name]] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
             assert row[len(JOB_FEATURES) :] == pytest.approx(jobs.demand[i] / largest, rel=1e-6)

@@ -107,7 +107,7 @@ def test_a_rule_reads_its_own_choice_from_the_observation(rule: str) -> None:
 
 
 def test_a_hidden_choice_becomes_the_first_legal_action() -> None:
-    envs, policy = vector_env(reference="easy-saf", queue_window=2), load_policy("easy-saf")
+    envs, policy = vector_env(reference="easy-saf", queue_window=1), load_policy("easy-saf")
     policy.layout = envs.layout
     observations, hidden = envs.reset(seed=3)[0], 0
     for _ in range(200):
