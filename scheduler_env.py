@@ -111,6 +111,11 @@ class Rule(NamedTuple):
     nodes: int = FASTEST
     weights: tuple[float, ...] = ()  # of a tuned rule
 
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name.partition(":")[0]
+
 
 # What a tuned rule adds up, times weights: TERMS once for the order of heads, once for that of backfilling and once for
 # whether the head gets a reservation (below zero); NODE_TERMS for the choice of its node. The classical orders that
@@ -1490,6 +1495,45 @@ def _check(jobs: Jobs, cluster: Cluster) -> None:
         )
 
 
+class Replay:
+    """Segments of a workload, replayed again and again under a rule, from an empty machine each.
+
+    Args:
+        workload, rule, segments, backfill, lock_in, scores: as of `simulate`.
+        threads: the segments are shared out among so many.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        rule: str | Rule,
+        segments: np.ndarray | None = None,
+        *,
+        backfill: str = "easy",
+        lock_in: bool = False,
+        scores: np.ndarray | None = None,
+        threads: int = 1,
+    ) -> None:
+        rule = parse_rule(rule) if isinstance(rule, str) else rule
+        segments = workload.segments if segments is None else np.asarray(segments)
+        lengths = segments[:, 1] - segments[:, 0]
+        self._core = _Simulator(
+            workload, rule, len(segments), int(lengths.max()), threads=min(threads, len(segments)),
+            backfill=backfill, lock_in=lock_in, history=False, scores=scores,
+        )  # fmt: skip
+        self._core.batch.s["first"], self._core.batch.s["stop"] = segments[:, 0], lengths
+
+    def __call__(self, which: np.ndarray | None = None, weights: np.ndarray | None = None) -> list[Schedule]:
+        """The schedules of the segments int[W] (None: all), a tuned rule having other weights from now on."""
+        if weights is not None:
+            self._core.whole.weights[:] = weights
+        which = np.arange(len(self._core.batch.s)) if which is None else which
+        nothing = np.zeros((len(self._core.batch.s), 0), np.float32)
+        plan = Plan(0, self._core.length, 0, 0, False, True)
+        self._core.reset(which, plan, nothing, nothing.astype(bool))
+        return [self._core.schedule(e) for e in which]
+
+
 def simulate(
     workload: Workload,
     rule: str | Rule,
@@ -1505,17 +1549,7 @@ def simulate(
         lock_in: RLScheduler's semantics, in which `backfill` ("none" or "easy") decides and the rule gives the order.
         scores: float64[N] for rules whose order is STATIC (lowest first).
     """
-    rule = parse_rule(rule) if isinstance(rule, str) else rule
-    segments = workload.segments if segments is None else np.asarray(segments)
-    lengths = segments[:, 1] - segments[:, 0]
-    core = _Simulator(
-        workload, rule, len(segments), int(lengths.max()),
-        backfill=backfill, lock_in=lock_in, history=False, scores=scores,
-    )  # fmt: skip
-    core.batch.s["first"], core.batch.s["stop"] = segments[:, 0], lengths
-    nothing = np.zeros((len(segments), 0), np.float32)
-    core.reset(np.arange(len(segments)), Plan(0, core.length, 0, 0, False, True), nothing, nothing.astype(bool))
-    return [core.schedule(e) for e in range(len(segments))]
+    return Replay(workload, rule, segments, backfill=backfill, lock_in=lock_in, scores=scores)()
 
 
 @dataclass(frozen=True)

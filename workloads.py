@@ -8,6 +8,7 @@ Times are seconds. N counts jobs, M nodes, R resources. A run time is what a job
 
 import codecs
 import gzip
+import itertools
 import json
 import math
 import os
@@ -181,6 +182,49 @@ def at_loads(workload: Workload, factors: Sequence[float]) -> Workload:
         parts.append(replace(jobs, user=np.where(jobs.user >= 0, jobs.user + copy * users, -1).astype(np.int32)))
         segments.append(workload.segments + copy * len(jobs))
     return replace(workload, jobs=Jobs.concatenate(parts), segments=np.concatenate(segments))
+
+
+WEEK = 7 * 86_400.0
+
+
+def resampled(
+    workload: Workload, seed: int, *, runs: int = 64, run_jobs: int = 3_000, loads: tuple[float, float] = (0.9, 1.3)
+) -> Workload:
+    """New runs of at most `run_jobs` jobs each, put together from weeks drawn from the workload's segments at random
+    (with replacement, each from its beginning; of a shorter segment, all that follows a random job), with arrivals
+    compressed by a factor drawn from `loads`, one a run.
+
+    A trace has only so many busy times; what is fitted to one order of its weeks need not hold for another.
+    """
+    rng = np.random.default_rng(seed)
+    weeks = [week for begin, end in workload.segments for week in _weeks(workload.jobs[begin:end])]
+    parts: list[Jobs] = []
+    segments, now, count = [], 0.0, 0
+    run_jobs = min(run_jobs, sum(len(week) for week in weeks))
+    for _ in range(runs):
+        first, factor = count, float(np.exp(rng.uniform(*np.log(loads))))
+        while count < first + run_jobs:
+            week = weeks[rng.integers(len(weeks))]
+            if len(week) > run_jobs:
+                week = week[int(rng.integers(len(week) - run_jobs)) :]
+                week = replace(week, submit_time=week.submit_time - week.submit_time[0])
+            week = week[: first + run_jobs - count]
+            parts.append(replace(week, submit_time=now + week.submit_time / factor))
+            now += max(WEEK, week.submit_time.max(initial=0.0)) / factor
+            count += len(week)
+        segments.append((first, count))
+    return replace(workload, jobs=Jobs.concatenate(parts), segments=np.array(segments))
+
+
+def _weeks(jobs: Jobs) -> list[Jobs]:
+    """The jobs of each whole week, submit times counted from its beginning; the rest goes with the last one."""
+    since = jobs.submit_time - jobs.submit_time.min()
+    count = max(1, int(since.max() // WEEK))
+    cuts = np.searchsorted(since, WEEK * np.arange(1, count))
+    bounds = [0, *cuts, len(jobs)]
+    return [
+        replace(jobs[a:b], submit_time=since[a:b] - WEEK * i) for i, (a, b) in enumerate(itertools.pairwise(bounds))
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

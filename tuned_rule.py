@@ -1,0 +1,165 @@
+"""The rule `tuned`: a weighted sum of what the classical rules look at, fitted to training jobs by CMA-ES.
+
+    python tuned_rule.py --workload my_cluster.swf.gz --objective wait
+
+Prints how it does on the validation split beside the classical rules, and its name, whose numbers are its weights: any
+program here takes that name for a rule. It is what the agents start from (`--reference tuned`), and a baseline for them:
+what a rule can do that knows the workload. CMA-ES: Hansen 2016 (https://arxiv.org/abs/1604.00772).
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import cma
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from scheduler_env import (
+    NODE_TERMS,
+    NODE_WEIGHTS,
+    RESERVE_TERMS,
+    RULES,
+    TERM_COUNT,
+    TERMS,
+    Replay,
+    Schedule,
+    parse_rule,
+    simulate,
+    tuned_rule,
+)
+from workloads import Workload, at_loads, load_workload, resampled
+
+METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # what an objective minimises
+
+
+@dataclass
+class Args:
+    workload: str = "cloud"
+    """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
+    objective: Literal["latency", "wait", "slowdown"] = "latency"
+    """what to minimise"""
+    seed: int = 1
+    """seed of the fit"""
+    generations: int = 100
+    """of CMA-ES, 14 candidates each"""
+
+
+def start_from(orders: dict[str, float], backfill: dict[str, float] | None = None) -> np.ndarray:
+    """Weights that order heads by these terms, backfill by the same or others, always reserve, and place each job on
+    the fastest node, or the one that it fills best."""
+    weights = np.zeros(NODE_WEIGHTS + len(NODE_TERMS))
+    for row, terms in enumerate((orders, orders if backfill is None else backfill)):
+        for name, weight in terms.items():
+            weights[row * TERM_COUNT + TERMS.index(name)] = weight
+    weights[RESERVE_TERMS * TERM_COUNT] = -1.0
+    weights[NODE_WEIGHTS :][[NODE_TERMS.index("speed"), NODE_TERMS.index("left")]] = 3.0, 0.3
+    return weights
+
+
+# The classical orders that are such sums (of the logarithm of their score), to start from the best of them.
+STARTS = {
+    "easy-sjf": start_from({"requested": 1.0}),
+    "easy-saf": start_from({"requested": 1.0, "size": 1.0}),
+    "easy-wfp3": start_from({"requested": 3.0, "size": -1.0, "waited": -3.0}),
+    "easy-wfp3+sjf": start_from({"requested": 3.0, "size": -1.0, "waited": -3.0}, {"requested": 1.0}),
+    "easy-unicep": start_from({"requested": 1.0, "waited": -1.0}),
+    "easy-xf": start_from({"expansion": -1.0}),
+    "easy-sjf-history": start_from({"estimate": 1.0}),
+    "easy-saf-history": start_from({"estimate": 1.0, "size": 1.0}),
+}
+
+
+def costs(schedules: list[Schedule], objective: str) -> np.ndarray:
+    """float64[S, 3]: the mean of the objective, and the 99th percentile and the maximum of the wait of each schedule,
+    the first 5 % of its jobs not counted."""
+    rows = []
+    for schedule in schedules:
+        counted = slice(len(schedule.jobs) // 20, None)
+        cost, wait = getattr(schedule, METRIC[objective])[counted], schedule.wait[counted]
+        rows.append((cost.mean(), np.percentile(wait, 99), wait.max()))
+    return np.array(rows)
+
+
+def badness(found: np.ndarray, base: np.ndarray) -> float:
+    """What the fit minimises, of costs[S, 3] and EASY-FIFO's on the same segments: the logarithm of the mean and the
+    mean of the logarithms of the costs, and what says that jobs starve: longer tails of the wait than EASY-FIFO's."""
+    ratio, (_, p99, longest) = found[:, 0] / base[:, 0], found.sum(0) / np.maximum(base.sum(0), 1e-9)
+    mean = 0.5 * np.log(found[:, 0].sum() / base[:, 0].sum()) + 0.5 * np.log(ratio).mean()
+    return float(mean + 0.5 * max(0.0, p99 - 1.0) + 0.05 * max(0.0, longest - 2.0))
+
+
+def tune(
+    workload: Workload,
+    objective: str,
+    seed: int,
+    generations: int = 100,
+    *,
+    backfill: str = "easy",
+    lock_in: bool = False,
+    each: Callable[[range], object] = lambda steps: steps,
+) -> str:
+    """The name of the tuned rule that CMA-ES finds on runs put together from the workload's segments.
+
+    `each` may wrap the range of generations, to show how far it is. The same arguments give the same rule.
+    """
+    rng = np.random.default_rng(seed)
+    runs = resampled(workload, seed)
+    options = {"backfill": backfill, "lock_in": lock_in, "threads": os.cpu_count() or 1}
+    base = costs(Replay(runs, "easy-fifo", **options)(), objective)
+    replay = Replay(runs, tuned_rule(STARTS["easy-sjf-history"]), **options)
+
+    def judge(weights: np.ndarray, which: np.ndarray) -> float:
+        return badness(costs(replay(which, weights), objective), base[which])
+
+    start = min(STARTS.values(), key=lambda weights: judge(weights, np.arange(len(base))))
+    free = free_weights(runs)
+    search = cma.CMAEvolutionStrategy(np.zeros(free.sum()), 0.3, {"seed": seed, "verbose": -9, "popsize": 14})
+
+    def weights_of(offsets: np.ndarray) -> np.ndarray:
+        weights = start.copy()
+        weights[free] += offsets
+        return weights
+
+    for _ in each(range(generations)):
+        which = np.sort(rng.permutation(len(base))[:16])  # others every time: no order of weeks is learned by heart
+        offsets = search.ask()
+        search.tell(offsets, [judge(weights_of(o), which) for o in offsets])
+    return tuned_rule(weights_of(search.mean))
+
+
+def free_weights(workload: Workload) -> np.ndarray:
+    """bool[weights]: those that can change a decision on this workload."""
+    free = np.ones(NODE_WEIGHTS + len(NODE_TERMS), bool)
+    free[[0, TERM_COUNT]] = False  # "one" orders nothing
+    if len(workload.cluster.speed) == 1:
+        free[NODE_WEIGHTS:] = False
+    if (workload.jobs.user < 0).all():
+        free[:NODE_WEIGHTS].reshape(-1, TERM_COUNT)[:, TERMS.index("estimate")] = False
+    return free
+
+
+def main(args: Args) -> None:
+    console = Console(stderr=True)
+    rule = tune(
+        load_workload(args.workload, "train"), args.objective, args.seed, args.generations,
+        each=lambda steps: track(steps, "tuning", console=console),
+    )  # fmt: skip
+    validation = at_loads(load_workload(args.workload, "validation"), (0.9, 1.0, 1.1))
+    found = {name: costs(simulate(validation, name), args.objective).mean(0) for name in (*RULES, rule)}
+    for name in (*sorted(RULES, key=lambda name: found[name][0])[:5], "easy-fifo", rule):
+        cost, p99, longest = found[name] / found["easy-fifo"] - 1
+        console.print(f"{parse_rule(name).title:20s} {args.objective} {cost:+.1%}, p99 of the wait {p99:+.1%}, longest {longest:+.1%}")
+    print(rule)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
