@@ -28,7 +28,7 @@ import onnx
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -49,11 +49,11 @@ from scheduler_env import (
     Schedule,
     SchedulerVectorEnv,
     gantt,
+    parse_rule,
     simulate,
 )
-from workloads import at_loads, load_workload, replacing, write_json
-
-METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # what an objective minimises
+from tuned_rule import METRIC, tune
+from workloads import at_loads, load_workload, replacing, resampled, write_json
 
 
 @dataclass
@@ -79,8 +79,10 @@ class Args:
     """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
-    reference: str = "auto"
-    """the rule that rewards are relative to; auto: the one with the lowest root mean square on the validation split"""
+    reference: str = "tuned"
+    """the rule that the policy starts from and rewards are relative to; tuned: fitted to the training jobs first"""
+    tune_generations: int = 80
+    """how long to fit it"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""
     num_jobs: int = 512
@@ -400,45 +402,56 @@ def export_onnx(agent: nn.Module, path: Path, layout: Layout, metadata: dict[str
 class Trainer:
     """One run: the environments, the agent, and everything that a checkpoint holds."""
 
-    def __init__(self, args: Args, folder: Path) -> None:
+    def __init__(self, args: Args, folder: Path, console: Console) -> None:
         self.args, self.folder = args, folder
         self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
         torch.manual_seed(args.seed)
         torch.set_num_threads(1)  # so small a network gains nothing from more, and the simulator uses the other cores
         torch.backends.cudnn.deterministic = args.torch_deterministic
         workload = load_workload(args.workload, "train")
+        workload.report_skipped()
         self.validation = at_loads(load_workload(args.workload, "validation"), args.validation_loads)
         begin, end = self.validation.segments.T
         end = np.minimum(end, begin + args.validation_jobs // len(begin))
         self.segments = np.stack([begin, end], 1)
-        self.rules = {r: judge(simulate(self.validation, r, self.segments), args.objective) for r in RULES}
-        self.best_rule = min(filter(lambda r: self.acceptable(self.rules[r]), RULES), key=lambda r: self.rules[r].cost)
+        self.rules = {name: self.judge_rule(name) for name in RULES}
+        self.best_rule = min(filter(self.acceptable, RULES), key=lambda name: self.rules[name].cost)
         [self.replay] = simulate(self.validation, self.best_rule, self.segments[:1])
         submitted, started = self.replay.jobs.submit_time, np.sort(self.replay.start_time)
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
-        if args.reference == "auto":
-            # Means alone favour rules that starve some jobs, which shows later, in a busier time: the root mean square
-            # does not. A rule with history is no reference: its roll-outs never stop early.
-            args.reference = min((r for r in RULES if "history" not in r), key=lambda r: self.rules[r].rms)
+        if args.reference == "tuned":
+            args.reference = tune(
+                workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
+                lock_in=args.lock_in, each=lambda steps: track(steps, "tuning the rule to start from", console=console),
+            )  # fmt: skip
+        self.rules[args.reference] = self.judge_rule(args.reference)
         self.envs = SchedulerVectorEnv(
-            args.num_envs, workload, num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
-            followup_jobs=args.followup_jobs, reward=args.reward, **environment(args),
+            args.num_envs, resampled(workload, args.seed), num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
+            followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
         )  # fmt: skip
-        workload.report_skipped()
         self.layout = self.envs.layout
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
         self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         self.iteration = 0
-        self.best_cost = float("inf")
+        # Until a policy is better than every rule on validation, the file stands for the best rule.
+        self.stands_for: str | None = min(filter(self.acceptable, self.rules), key=lambda name: self.rules[name].cost)
+        self.best_cost = self.rules[self.stands_for].cost
 
-    def acceptable(self, found: Judgement) -> bool:
+    def judge_rule(self, name: str) -> Judgement:
+        args = self.args
+        schedules = simulate(self.validation, name, self.segments, backfill=args.backfill, lock_in=args.lock_in)
+        return judge(schedules, args.objective)
+
+    def acceptable(self, found: Judgement | str) -> bool:
         """No gain is bought with starvation: the tail of the wait is not much longer than EASY-FIFO's."""
+        found = self.rules[found] if isinstance(found, str) else found
         return found.wait_p99 <= self.args.max_tail * self.rules["easy-fifo"].wait_p99
 
     def start(self) -> None:
         self.envs.reset(seed=self.args.seed)
+        export_onnx(FollowRule(), self.folder / "policy.onnx", self.layout, self.metadata(self.stands_for))
 
     def checkpoint(self) -> None:
         with replacing(self.folder / "checkpoint.pt") as temporary:
@@ -448,6 +461,7 @@ class Trainer:
                 "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best_cost": self.best_cost,
+                "stands_for": self.stands_for,
                 "environments": self.envs.state_dict(),
                 "random": torch.get_rng_state(),
             }
@@ -462,6 +476,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.best_cost = state["iteration"], state["best_cost"]
+            self.stands_for = state["stands_for"]
             self.envs.load_state_dict(state["environments"])
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise ValueError(
@@ -479,15 +494,14 @@ class Trainer:
         schedules = load_policy(str(candidate)).schedule(self.validation, self.segments)
         found = judge(schedules, self.args.objective)
         if found.cost < self.best_cost and self.acceptable(found):
-            self.best_cost = found.cost
+            self.best_cost, self.stands_for = found.cost, None
             os.replace(candidate, self.folder / "policy.onnx")
         candidate.unlink(missing_ok=True)
         metrics = [s.metrics() for s in schedules]
         means = {f"eval/{name}": float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         improvement = 1 - found.cost / self.rules[self.best_rule].cost
         means |= {"eval/cost": found.cost, "eval/wait_p99": found.wait_p99, "eval/improvement": improvement}
-        if self.best_cost < float("inf"):
-            means["eval/best_improvement"] = 1 - self.best_cost / self.rules[self.best_rule].cost
+        means["eval/best_improvement"] = 1 - self.best_cost / self.rules[self.best_rule].cost
         return means, schedules[0]
 
     def metadata(self, rule: str | None) -> dict[str, Any]:
@@ -501,18 +515,13 @@ class Trainer:
             "steps": self.iteration * args.batch_size, "seed": args.seed, "rule": rule,
         }  # fmt: skip
 
-    def finish(self) -> str | None:
-        """Where nothing better was found, policy.onnx becomes the best rule's own choice. Returns that rule."""
-        if self.best_cost < self.rules[self.best_rule].cost:
-            return None
-        export_onnx(FollowRule(), self.folder / "policy.onnx", self.layout, self.metadata(self.best_rule))
-        return self.best_rule
-
     def results(self) -> list[tuple[str, float, float, float, float]]:
         """The policy and the rules worth knowing, best first: validation cost, and relative to FIFO, EASY-FIFO and the
         best rule."""
         names = dict.fromkeys(("fifo", "easy-fifo", "easy-sjf", "easy-saf", self.args.reference, self.best_rule))
-        rows = {"PPO": self.best_cost} | {name: self.rules[name].cost for name in names}
+        rows = {parse_rule(name).title: self.rules[name].cost for name in names}
+        if self.stands_for is None:
+            rows["PPO"] = self.best_cost
         others = [self.rules[name].cost for name in ("fifo", "easy-fifo", self.best_rule)]
         ranked = sorted(rows.items(), key=lambda row: row[1])
         return [(name, cost, *(cost / other - 1 for other in others)) for name, cost in ranked]
@@ -616,12 +625,12 @@ def log_start(trainer: Trainer, writer: SummaryWriter) -> None:
     writer.add_image(f"gantt/{trainer.best_rule}", snapshot(trainer.replay, trainer.moment), 0, dataformats="HWC")
 
 
-def log_end(trainer: Trainer, rule: str | None) -> None:
+def log_end(trainer: Trainer) -> None:
     """Give W&B the closing table, and the policy with its metadata."""
     import wandb
 
     wandb.log({"validation": wandb.Table(trainer.columns(), [list(row) for row in trainer.results()])})
-    artifact = wandb.Artifact("policy", "model", metadata=trainer.metadata(rule))
+    artifact = wandb.Artifact("policy", "model", metadata=trainer.metadata(trainer.stands_for))
     artifact.add_file(str(trainer.folder / "policy.onnx"))
     wandb.log_artifact(artifact)
 
@@ -647,12 +656,12 @@ def main(args: Args) -> None:
         args.num_iterations = max(1, args.total_timesteps // args.batch_size)
         name = args.workload if "." not in args.workload else Path(args.workload).name.split(".")[0]
         folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    trainer = Trainer(args, folder)
+    trainer = Trainer(args, folder, console)
     if resume:
         trainer.restore()
     else:
-        trainer.start()
         folder.mkdir(parents=True)
+        trainer.start()
         write_json(folder / "args.json", asdict(args))
     if args.track:
         import wandb
@@ -661,19 +670,21 @@ def main(args: Args) -> None:
             project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
             name=folder.name, id=folder.name, resume="allow", save_code=True,
         )  # fmt: skip
-    console.print(f"run: {folder}   reference rule: {args.reference}   best rule on validation: {trainer.best_rule}")
+    console.print(
+        f"run: {folder}   reference rule: {parse_rule(args.reference).title}   best rule on validation: {trainer.best_rule}"
+    )
     writer = SummaryWriter(folder, purge_step=trainer.iteration * args.batch_size + 1 if resume else None)
     log_start(trainer, writer)
     finished = train(trainer, writer, console)
     if finished:
         writer.file_writer.add_summary(hparams({}, {})[2])
     writer.close()
-    rule = trainer.finish()
     if args.track:
-        log_end(trainer, rule)
+        log_end(trainer)
     Console().print(trainer.table())
-    if rule:
-        console.print(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")
+    if trainer.stands_for:
+        title = parse_rule(trainer.stands_for).title
+        console.print(f"Nothing better than {title} on validation: policy.onnx stands for that rule.")
     if not finished:
         console.print(f"Interrupted. Go on with: python {Path(__file__).name} --resume {folder}")
     else:

@@ -209,11 +209,11 @@ JOB = np.dtype(
     [(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")]
     + [(x, "f8") for x in ("log_requested", "log_size", "recorded")]
 )
-# What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the part of it
-# in an agent's view, and a rank or score for each job in it; the running jobs by their ends (descending) and by when they are due, which is by requested time (ascending); what is free[m, r] and
-# what stays spare[r] beside the reservation; most[r], more than which no node has free; room[m, r] to reckon in;
-# history[g], what is known of a group of jobs; and the plan, which says when and where a job has started or, if it has
-# not, is going to be started by the reference rule.
+# What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the jobs of it that
+# an agent has seen, their ranks and scores under the rule; the running jobs by their ends (descending) and by when they
+# are due, which is by requested time (ascending); what is free[m, r] and what stays spare[r] beside the reservation;
+# most[r], more than which no node has free; room[m, r] to reckon in; history[g], what is known of a group of jobs; and
+# the plan, which says when and where a job has started or, if it has not, is going to be started by the reference rule.
 Sim = namedtuple("Sim", "s queue order seen rank score ends dues free spare most room history plan")
 TIMED = np.dtype([("time", "f8"), ("job", "i8")])
 START = np.dtype([("start", "f8"), ("node", "i8")])
@@ -800,12 +800,21 @@ def run_rule(sim, p, until):
 
 # ------------------------------------------------------------------------------------ observations and one step
 JOB_FEATURES = ("present", "requested", "size", "area", "waited", "expansion", "fits", "may_start", "earliest_start")
-JOB_FEATURES += ("reserved", "rule_choice", "position", "rank", "user_time", "user_known", "request_time", "request_known")
+JOB_FEATURES += (
+    "reserved",
+    "rule_choice",
+    "position",
+    "rank",
+    "user_time",
+    "user_known",
+    "request_time",
+    "request_known",
+)
 JOB_FEATURES += ("kind_time", "kind_known")  # then R columns: demand over the largest node's capacity
 NODE_FEATURES = ("speed", "reserved", "shadow", "next_release", "rule_choice")  # then R of free and R of capacity
 CLUSTER_FEATURES = ("queued", "hidden", "running", "reservation", "shadow", "rule_waits", "queued_work")
-PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION, RANK = range(
-    13
+PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION, RANK = (
+    range(13)
 )
 HISTORY = 13
 STATIC_FEATURES = 4  # the first ones never change while a job waits

@@ -3,8 +3,8 @@
     python tuned_rule.py --workload my_cluster.swf.gz --objective wait
 
 Prints how it does on the validation split beside the classical rules, and its name, whose numbers are its weights: any
-program here takes that name for a rule. It is what the agents start from (`--reference tuned`), and a baseline for them:
-what a rule can do that knows the workload. CMA-ES: Hansen 2016 (https://arxiv.org/abs/1604.00772).
+program here takes that name for a rule. It is what the agents start from (`--reference tuned`), and a baseline for
+them: what a rule can do that knows the workload. CMA-ES: Hansen 2016 (https://arxiv.org/abs/1604.00772).
 """
 
 import os
@@ -57,7 +57,7 @@ def start_from(orders: dict[str, float], backfill: dict[str, float] | None = Non
         for name, weight in terms.items():
             weights[row * TERM_COUNT + TERMS.index(name)] = weight
     weights[RESERVE_TERMS * TERM_COUNT] = -1.0
-    weights[NODE_WEIGHTS :][[NODE_TERMS.index("speed"), NODE_TERMS.index("left")]] = 3.0, 0.3
+    weights[NODE_WEIGHTS:][[NODE_TERMS.index("speed"), NODE_TERMS.index("left")]] = 3.0, 0.3
     return weights
 
 
@@ -153,7 +153,8 @@ def main(args: Args) -> None:
     found = {name: costs(simulate(validation, name), args.objective).mean(0) for name in (*RULES, rule)}
     for name in (*sorted(RULES, key=lambda name: found[name][0])[:5], "easy-fifo", rule):
         cost, p99, longest = found[name] / found["easy-fifo"] - 1
-        console.print(f"{parse_rule(name).title:20s} {args.objective} {cost:+.1%}, p99 of the wait {p99:+.1%}, longest {longest:+.1%}")
+        title = f"{parse_rule(name).title:20s} {args.objective}"
+        console.print(f"{title} {cost:+.1%}, p99 of the wait {p99:+.1%}, longest {longest:+.1%}")
     print(rule)
 
 
