@@ -139,6 +139,8 @@ class Args:
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
     """initial log-odds of the reference's own choice (learned from there on): the policy starts near the rule"""
+    rule_order: float = 4.0
+    """initial log-odds against a job for being one unit behind the reference's first (learned as well)"""
     hidden: int = 32
     """width of the network"""
     ema_decay: float = 0.95
@@ -166,7 +168,7 @@ class Agent(nn.Module):
     the score of a pair is a dot product, plus a term for pairs that fit now, plus the bonus of the rule's own choice.
     """
 
-    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5) -> None:
+    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5, rule_order: float = 4.0) -> None:
         super().__init__()
         self.resources = resources
         self.job_in = layer_init(nn.Linear(JOB_WIDTH + resources, hidden))
@@ -180,6 +182,7 @@ class Agent(nn.Module):
             layer_init(nn.Linear(hidden, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, 1), std=1.0)
         )
         self.rule_bonus = nn.Parameter(torch.tensor(rule_bonus))
+        self.rule_order = nn.Parameter(torch.tensor(rule_order))
 
     def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc], mask[B, K*M + 1] -> logits[B, K*M + 1], value[B]."""
@@ -198,6 +201,7 @@ class Agent(nn.Module):
         scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
         bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # as strong whatever there is to choose
         scores = scores + bonus[owner] * rows[:, RULE_CHOICE, None] * nodes[owner, :, RULE_NODE]
+        scores = scores - self.rule_order * rows[:, BEHIND, None]
         pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + nodes.shape[1:2])
         pairs = pairs.masked_scatter(present[..., None], scores)
         wait = self.wait(context) + bonus * cluster[:, RULE_WAITS, None]
@@ -222,13 +226,14 @@ class Agent(nn.Module):
         scores = scores + query[..., -1:] * fit
         bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()
         scores = scores + bonus[:, None] * jobs[..., RULE_CHOICE, None] * nodes[:, None, :, RULE_NODE]
+        scores = scores - self.rule_order * jobs[..., BEHIND, None]
         scores = torch.where(present > 0, scores, NEVER)
         wait = self.wait(context) + bonus * cluster[:, RULE_WAITS, None]
         return torch.where(mask > 0, torch.cat([scores.flatten(1), wait], 1), NEVER)
 
 
 RULE_CHOICE, RULE_NODE = JOB_FEATURES.index("rule_choice"), NODE_FEATURES.index("rule_choice")
-RULE_WAITS = CLUSTER_FEATURES.index("rule_waits")
+RULE_WAITS, BEHIND = CLUSTER_FEATURES.index("rule_waits"), JOB_FEATURES.index("behind")
 NEVER = -1e9  # the logit of an illegal action
 
 
@@ -431,7 +436,7 @@ class Trainer:
             followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
         )  # fmt: skip
         self.layout = self.envs.layout
-        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
+        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus, args.rule_order).to(self.device)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
         self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         self.iteration = 0

@@ -538,6 +538,13 @@ def head_score(sim, p, i):
 
 
 @kernel
+def backfill_score(sim, p, i):
+    if p.backfill <= STATIC or p.backfill == TETRIS:
+        return p.jobs[i].backfill_score
+    return tuned_score(sim, p, BACKFILL_TERMS, i) if p.backfill == TUNED else score(sim, p, p.backfill, i)
+
+
+@kernel
 def head_job(sim, p):
     if p.sorted_head:
         return sim.order[0]
@@ -663,7 +670,7 @@ def first_allowed(sim, p):
         i = sim.queue[k]
         m = choose_node(sim, p, i) if within_most(sim, p, i) else -1
         if m >= 0:
-            value = tuned_score(sim, p, BACKFILL_TERMS, i) if p.backfill == TUNED else score(sim, p, p.backfill, i)
+            value = backfill_score(sim, p, i)
             if value < best_score:
                 best, best_node, best_score = i, m, value
     return best, best_node
@@ -804,7 +811,7 @@ JOB_FEATURES += (
     "reserved",
     "rule_choice",
     "position",
-    "rank",
+    "behind",
     "user_time",
     "user_known",
     "request_time",
@@ -813,9 +820,21 @@ JOB_FEATURES += (
 JOB_FEATURES += ("kind_time", "kind_known")  # then R columns: demand over the largest node's capacity
 NODE_FEATURES = ("speed", "reserved", "shadow", "next_release", "rule_choice")  # then R of free and R of capacity
 CLUSTER_FEATURES = ("queued", "hidden", "running", "reservation", "shadow", "rule_waits", "queued_work")
-PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED, RULE_CHOICE, POSITION, RANK = (
-    range(13)
-)
+(
+    PRESENT,
+    REQUESTED,
+    SIZE,
+    AREA,
+    WAITED,
+    EXPANSION,
+    FITS,
+    MAY_START,
+    EARLIEST,
+    RESERVED,
+    RULE_CHOICE,
+    POSITION,
+    BEHIND,
+) = range(13)
 HISTORY = 13
 STATIC_FEATURES = 4  # the first ones never change while a job waits
 JOB_WIDTH, NODE_WIDTH, CLUSTER_WIDTH = len(JOB_FEATURES), len(NODE_FEATURES), len(CLUSTER_FEATURES)
@@ -824,7 +843,8 @@ JOB_WIDTH, NODE_WIDTH, CLUSTER_WIDTH = len(JOB_FEATURES), len(NODE_FEATURES), le
 @kernel
 def look(sim, p, window):
     """Bring the queue into view, in order of submission or, where it is longer than the window, its oldest jobs for one
-    half and those of the others that the rule ranks first for the other."""
+    half and those of the others that the rule ranks first for the other; and always the one that the rule would start.
+    """
     s = sim.s[0]
     s.visible = min(window, s.queued)
     oldest = s.queued if s.queued <= window else (window + 1) // 2
@@ -842,6 +862,15 @@ def look(sim, p, window):
             sim.seen[j], sim.rank[j] = sim.seen[j - 1], sim.rank[j - 1]
             j -= 1
         sim.seen[j], sim.rank[j] = i, value
+    if s.queued > window and not p.lock_in:
+        i, m = rule_decision(sim, p)
+        if i >= 0 and not fits(sim, p, i, m):
+            i, m = first_allowed(sim, p)
+        for k in range(window):
+            if sim.seen[k] == i:
+                i = -1
+        if i >= 0:
+            sim.seen[window - 1] = i
 
 
 @kernel
@@ -906,14 +935,22 @@ def job_row(sim, p, i, row, legal):
 
 @kernel
 def rank_view(sim, p):
-    """Leave in `rank` how many jobs in view the rule ranks before each (equal scores: the older first)."""
-    visible = sim.s[0].visible
+    """Leave in `rank` how far each job in view is behind the one that the rule ranks first: the logarithm of its rank,
+    for a tuned rule the difference of the scores. While a reservation stands it is the backfill order that counts."""
+    visible, tuned, first = sim.s[0].visible, p.head == TUNED, np.inf
     for k in range(visible):
-        sim.score[k], sim.rank[k] = head_score(sim, p, sim.seen[k]), 0
+        i = sim.seen[k]
+        if sim.s[0].reserved < 0 or p.mode == BLOCKING:
+            sim.score[k] = head_score(sim, p, i)
+        else:
+            sim.score[k] = backfill_score(sim, p, i)
+        first, sim.rank[k] = min(first, sim.score[k]), 0
         for j in range(k):
             after = sim.score[j] <= sim.score[k]
             sim.rank[k] += after
             sim.rank[j] += not after
+    for k in range(visible):
+        sim.rank[k] = min(sim.score[k] - first, 8.0) if tuned else np.log1p(sim.rank[k])
 
 
 @kernel
@@ -937,7 +974,7 @@ def observe(sim, p, window, obs, mask):
             row[JOB_WIDTH + r] = p.features[i, STATIC_FEATURES + r]
         job_row(sim, p, i, row, mask[k * nodes : (k + 1) * nodes])
         row[POSITION] = k / window
-        row[RANK] = np.log1p(sim.rank[k]) / 4
+        row[BEHIND] = sim.rank[k] / 4
         work += p.jobs[i].requested * p.jobs[i].size
     mask[window * nodes] = s.reserved >= 0 and not p.lock_in
     until_shadow = np.log1p(max(0.0, s.shadow - s.now)) / 12 if s.reserved >= 0 else 0.0

@@ -140,11 +140,16 @@ class SlowCluster:
 
     @property
     def view(self) -> list[int]:
-        """The jobs in the window: the oldest for one half, the shortest of the others (easy-sjf's) for the other."""
+        """The jobs in the window: all or, for easy-sjf, the oldest for one half, the shortest of the others for the other,
+        and in the last place the one that it would start, where that is none of these."""
         queue = self.queue
-        oldest = len(queue) if len(queue) <= self.window else (self.window + 1) // 2
-        others = sorted(queue[oldest:], key=lambda i: (self.jobs.requested_time[i], i))
-        return queue[:oldest] + others[: self.window - oldest]
+        if len(queue) <= self.window:
+            return queue
+        oldest, nodes = queue[: (self.window + 1) // 2], range(len(self.cluster.speed))
+        ranked = sorted(queue, key=lambda i: (self.jobs.requested_time[i], i))
+        view = (oldest + [i for i in ranked if i not in oldest])[: self.window]
+        chosen = [i for i in ranked if any(self.may_start(i, m) for m in nodes)][:1]
+        return view if not chosen or chosen[0] in view else view[:-1] + chosen
 
     @property
     def arrived(self) -> int:

@@ -368,7 +368,7 @@ def test_job_node_and_cluster_features_are_recounted(workload, window, seed):
                 "may_start": float(any(slow.may_start(i, m) for m in fitting)),
                 "earliest_start": np.log1p(min(slow.shadow(i, m)[0] for m in able) - slow.now) / 12,
                 "reserved": float(slow.reservation is not None and slow.reservation.job == i),
-                "rank": np.log1p(ranked.index(i)) / 4,
+                "behind": np.log1p(ranked.index(i)) / 4,
             }
             assert {name: row[JOB[name]] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
             assert row[len(JOB_FEATURES) :] == pytest.approx(jobs.demand[i] / largest, rel=1e-6)
