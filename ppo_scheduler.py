@@ -199,12 +199,11 @@ class Agent(nn.Module):
         scores = (node[owner] * query[:, None, :-1]).sum(-1) / node.shape[-1] ** 0.5
         demand, free = rows[:, None, JOB_WIDTH:], nodes[owner, :, NODE_WIDTH : NODE_WIDTH + self.resources]
         scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
-        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # as strong whatever there is to choose
-        scores = scores + bonus[owner] * rows[:, RULE_CHOICE, None] * nodes[owner, :, RULE_NODE]
+        scores = scores + self.rule_bonus * rows[:, RULE_CHOICE, None] * nodes[owner, :, RULE_NODE]
         scores = scores - self.rule_order * rows[:, BEHIND, None]
         pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + nodes.shape[1:2])
         pairs = pairs.masked_scatter(present[..., None], scores)
-        wait = self.wait(context) + bonus * cluster[:, RULE_WAITS, None]
+        wait = self.wait(context) + self.rule_bonus * cluster[:, RULE_WAITS, None]
         logits = torch.cat([pairs.flatten(1), wait], 1)
         return torch.where(mask > 0, logits, NEVER), self.value(context)[:, 0]
 
@@ -224,11 +223,10 @@ class Agent(nn.Module):
         for r in range(self.resources):
             fit = fit & (demand[:, :, None, r] <= free[:, None, :, r] + 1e-6)
         scores = scores + query[..., -1:] * fit
-        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()
-        scores = scores + bonus[:, None] * jobs[..., RULE_CHOICE, None] * nodes[:, None, :, RULE_NODE]
+        scores = scores + self.rule_bonus * jobs[..., RULE_CHOICE, None] * nodes[:, None, :, RULE_NODE]
         scores = scores - self.rule_order * jobs[..., BEHIND, None]
         scores = torch.where(present > 0, scores, NEVER)
-        wait = self.wait(context) + bonus * cluster[:, RULE_WAITS, None]
+        wait = self.wait(context) + self.rule_bonus * cluster[:, RULE_WAITS, None]
         return torch.where(mask > 0, torch.cat([scores.flatten(1), wait], 1), NEVER)
 
 
@@ -574,10 +572,10 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                     for tag, name in CHARTS.items():
                         writer.add_scalar(f"charts/{tag}", np.mean([e[name] for e in episodes]), step)
                 if trainer.iteration % every == 0 or trainer.iteration == args.num_iterations:
-                    metrics, replay = trainer.validate()
+                    metrics, schedule = trainer.validate()
                     for name, value in metrics.items():
                         writer.add_scalar(name, value, step)
-                    writer.add_image("gantt/policy", snapshot(replay, trainer.moment), step, dataformats="HWC")
+                    writer.add_image("gantt/policy", snapshot(schedule, trainer.moment), step, dataformats="HWC")
                     writer.flush()  # somebody may be waiting for it: TensorBoard, or a sweep that stops bad runs
                     trainer.checkpoint()
                 best = trainer.best_cost / trainer.rules[trainer.best_rule].cost - 1
@@ -675,9 +673,8 @@ def main(args: Args) -> None:
             project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
             name=folder.name, id=folder.name, resume="allow", save_code=True,
         )  # fmt: skip
-    console.print(
-        f"run: {folder}   reference rule: {parse_rule(args.reference).title}   best rule on validation: {trainer.best_rule}"
-    )
+    reference = parse_rule(args.reference).title
+    console.print(f"run: {folder}   reference rule: {reference}   best rule on validation: {trainer.best_rule}")
     writer = SummaryWriter(folder, purge_step=trainer.iteration * args.batch_size + 1 if resume else None)
     log_start(trainer, writer)
     finished = train(trainer, writer, console)

@@ -209,8 +209,8 @@ JOB = np.dtype(
     [(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")]
     + [(x, "f8") for x in ("log_requested", "log_size", "recorded")]
 )
-# What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the jobs of it that
-# an agent has seen, their ranks and scores under the rule; the running jobs by their ends (descending) and by when they
+# What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the jobs of it
+# that an agent has seen, their ranks and scores under the rule; the running jobs by their ends (descending) and by when they
 # are due, which is by requested time (ascending); what is free[m, r] and what stays spare[r] beside the reservation;
 # most[r], more than which no node has free; room[m, r] to reckon in; history[g], what is known of a group of jobs; and
 # the plan, which says when and where a job has started or, if it has not, is going to be started by the reference rule.
@@ -935,22 +935,31 @@ def job_row(sim, p, i, row, legal):
 
 @kernel
 def rank_view(sim, p):
-    """Leave in `rank` how far each job in view is behind the one that the rule ranks first: the logarithm of its rank,
-    for a tuned rule the difference of the scores. While a reservation stands it is the backfill order that counts."""
-    visible, tuned, first = sim.s[0].visible, p.head == TUNED, np.inf
-    for k in range(visible):
+    """Leave in `rank` how far each job in view is from the rule's choice in the rule's order, or from the first where
+    it chooses none: the logarithm of the distance, for a tuned rule the difference of the scores. While a reservation
+    stands it is the backfill order that counts."""
+    s = sim.s[0]
+    chosen, first = -1, 0
+    for k in range(s.visible):
         i = sim.seen[k]
-        if sim.s[0].reserved < 0 or p.mode == BLOCKING:
+        if s.reserved < 0 or p.mode == BLOCKING:
             sim.score[k] = head_score(sim, p, i)
         else:
             sim.score[k] = backfill_score(sim, p, i)
-        first, sim.rank[k] = min(first, sim.score[k]), 0
+        sim.rank[k] = 0
         for j in range(k):
             after = sim.score[j] <= sim.score[k]
             sim.rank[k] += after
             sim.rank[j] += not after
-    for k in range(visible):
-        sim.rank[k] = min(sim.score[k] - first, 8.0) if tuned else np.log1p(sim.rank[k])
+        chosen = k if i == s.rule_job else chosen
+        first = k if sim.score[k] < sim.score[first] else first
+    chosen = first if chosen < 0 else chosen
+    place = sim.rank[chosen]
+    for k in range(s.visible):
+        if p.head == TUNED:
+            sim.rank[k] = min(abs(sim.score[k] - sim.score[chosen]), 8.0)
+        else:
+            sim.rank[k] = np.log1p(abs(sim.rank[k] - place))
 
 
 @kernel

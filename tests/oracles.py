@@ -140,8 +140,8 @@ class SlowCluster:
 
     @property
     def view(self) -> list[int]:
-        """The jobs in the window: all or, for easy-sjf, the oldest for one half, the shortest of the others for the other,
-        and in the last place the one that it would start, where that is none of these."""
+        """The jobs in the window: all or, for easy-sjf, the oldest for one half, the shortest of the others for the
+        other, and in the last place the one that it would start, where that is none of these."""
         queue = self.queue
         if len(queue) <= self.window:
             return queue

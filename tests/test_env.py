@@ -353,6 +353,8 @@ def test_job_node_and_cluster_features_are_recounted(workload, window, seed):
         part = env.split(observation)
         visible = slow.view
         ranked = sorted(visible, key=lambda i: (jobs.requested_time[i], visible.index(i)))
+        chosen = [i for i, row in zip(visible, part.jobs, strict=False) if row[JOB["rule_choice"]]]
+        place = ranked.index(chosen[0]) if chosen else 0
         for row, i in zip(part.jobs, visible, strict=False):
             wait = slow.now - jobs.submit_time[i]
             fitting = [m for m in range(len(cluster.speed)) if slow.fits(i, m)]
@@ -368,7 +370,7 @@ def test_job_node_and_cluster_features_are_recounted(workload, window, seed):
                 "may_start": float(any(slow.may_start(i, m) for m in fitting)),
                 "earliest_start": np.log1p(min(slow.shadow(i, m)[0] for m in able) - slow.now) / 12,
                 "reserved": float(slow.reservation is not None and slow.reservation.job == i),
-                "behind": np.log1p(ranked.index(i)) / 4,
+                "behind": np.log1p(abs(ranked.index(i) - place)) / 4,
             }
             assert {name: row[JOB[name]] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
             assert row[len(JOB_FEATURES) :] == pytest.approx(jobs.demand[i] / largest, rel=1e-6)

@@ -136,7 +136,7 @@ def test_a_network_that_follows_the_rule_gives_its_schedule(tmp_path: Path, rule
 
 def test_the_window_can_be_another_than_the_trained_one(policy: OnnxPolicy) -> None:
     jobs = load_workload("hpc", "test", runs=1, run_jobs=400)
-    [trained], [wide] = policy.schedule(jobs), policy.schedule(jobs, window=400)
+    [wide] = policy.schedule(jobs, window=400)
     [wider] = policy.schedule(jobs, window=800)  # nothing is hidden in either
     assert wide.start_time.tolist() == wider.start_time.tolist()
     np.testing.assert_array_equal(wide.start_time, se.simulate(jobs, "easy-sjf")[0].start_time)

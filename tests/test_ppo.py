@@ -164,12 +164,12 @@ def test_policy_file_schedules_the_test_split(finished: Path) -> None:
 
 
 def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
-    """Ctrl-C after the first losses; then --resume: the same losses to the last bit, the same model."""
+    """Ctrl-C after the first checkpoint; then --resume: the same losses to the last bit, the same model."""
     command = [sys.executable, str(ROOT / "ppo_scheduler.py"), *SMALL]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while time.time() < deadline and not list(tmp_path.glob("runs/*/events*")):
-        time.sleep(0.05)
+    while time.time() < deadline and not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

@@ -1,0 +1,715 @@
+"""DQN that learns to schedule: masked actions, rewards relative to a rule, checkpoints picked on held-out jobs.
+
+    python dqn_scheduler.py                                              # the built-in cloud workload
+    python dqn_scheduler.py --workload my_cluster.swf.gz --objective wait   # your own trace
+    python dqn_scheduler.py --resume runs/<run_name>                     # go on as if never interrupted
+    tensorboard --logdir runs
+
+Writes runs/<run_name>/: TensorBoard events, args.json, checkpoint.pt, and policy.onnx, the best policy on the
+validation split. The test split is never read here: that is what benchmark.py is for. The algorithm is Double DQN (van
+Hasselt et al. 2016, https://arxiv.org/abs/1509.06461) with n-step returns, laid out after CleanRL's dqn.py (Huang et
+al. 2022); `diff ppo_scheduler.py dqn_scheduler.py` shows the algorithm and little else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from policies import load_policy
+from scheduler_env import (
+    CLUSTER_FEATURES,
+    CLUSTER_WIDTH,
+    JOB_FEATURES,
+    JOB_WIDTH,
+    NODE_FEATURES,
+    NODE_WIDTH,
+    RULES,
+    Layout,
+    Observation,
+    Schedule,
+    SchedulerVectorEnv,
+    gantt,
+    parse_rule,
+    simulate,
+)
+from tuned_rule import METRIC, tune
+from workloads import at_loads, load_workload, replacing, resampled, write_json
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = False
+    """if toggled, the networks run on the GPU"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases (WANDB_MODE=offline needs no account)"""
+    wandb_project_name: str = "resourcerl"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    resume: str | None = None
+    """a run's folder: go on with it, under the flags that it was started with"""
+
+    workload: str = "cloud"
+    """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
+    objective: Literal["latency", "wait", "slowdown"] = "latency"
+    """what to minimise"""
+    reference: str = "tuned"
+    """the rule that the policy starts from and rewards are relative to; tuned: fitted to the training jobs first"""
+    tune_generations: int = 80
+    """how long to fit it"""
+    reward: Literal["improvement", "cost"] = "improvement"
+    """improvement over the reference, or cost"""
+    num_jobs: int = 512
+    """jobs that arrive while the agent decides"""
+    warmup_jobs: int = 256
+    """jobs that the reference schedules before"""
+    followup_jobs: int = 512
+    """jobs that the reference schedules after; their cost counts"""
+    queue_window: int = 64
+    """how many of the oldest queued jobs the agent sees"""
+    backfill: Literal["easy", "none"] = "easy"
+    """what may happen while a reservation stands: backfilling or nothing"""
+    lock_in: bool = False
+    """RLScheduler's semantics: a chosen job holds the queue until it has started"""
+    num_evaluations: int = 10
+    """how often the policy is replayed on the validation split; the best one is kept"""
+    validation_loads: tuple[float, ...] = (0.9, 1.0, 1.1)
+    """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
+    validation_jobs: int = 60_000
+    """at most so many jobs are replayed, all loads together"""
+
+    # Algorithm specific arguments
+    total_timesteps: int = 1_500_000
+    """total decisions of the experiment"""
+    learning_rate: float = 1e-3
+    """the learning rate of the optimizer"""
+    num_envs: int = 128
+    """the number of parallel clusters"""
+    num_steps: int = 128
+    """the number of decisions in each cluster between two logs and looks at the clock"""
+    anneal_lr: bool = True
+    """toggle learning rate annealing for the network"""
+    buffer_steps: int = 512
+    """the replay memory holds so many decisions of each cluster"""
+    learning_starts: int = 32
+    """decisions of each cluster before the first update"""
+    batch_size: int = 2048
+    """how many transitions of the replay memory an update takes"""
+    updates_per_decision: float = 1 / 1024
+    """gradient steps per decision, whatever the number of clusters; times the batch size it is the replay ratio"""
+    gamma: float = 0.0
+    """the discount factor gamma; 0: one step of policy improvement over the reference"""
+    n_step: int = 1
+    """how many rewards a target adds up before it bootstraps"""
+    tau: float = 0.01
+    """the target network moves so far to the network at each update (1.0 with target_frequency: hard updates)"""
+    target_frequency: int = 1
+    """the target network moves every so many updates"""
+    start_e: float = 1.0
+    """epsilon at the start, in all clusters"""
+    end_e: float = 0.4
+    """epsilon of the most curious cluster after the exploration; the i-th of N has end_e ** (1 + 7 i / (N - 1))"""
+    exploration_fraction: float = 0.1
+    """the fraction of `total_timesteps` it takes from start_e to end_e"""
+    max_grad_norm: float = 10.0
+    """the maximum norm for the gradient clipping"""
+    reward_scale: float = 100.0
+    """rewards are multiplied by this: an improvement of one percent counts one"""
+    rule_bonus: float = 0.5
+    """what the reference's own choice is worth more than others at first (learned from there on)"""
+    rule_order: float = 0.5
+    """what a job is worth less at first for being one unit behind the reference's first (learned as well)"""
+    hidden: int = 32
+    """width of the network"""
+    ema_decay: float = 0.95
+    """the policy that is validated and exported is the moving average of the weights, with this decay an iteration"""
+
+    # to be filled in runtime
+    num_iterations: int = 0
+    """the number of iterations (computed in runtime)"""
+
+
+def layer_init(layer: nn.Linear, std: float = 2**0.5, bias_const: float = 0.0) -> nn.Linear:
+    torch.nn.init.orthogonal_(layer.weight, std)
+    torch.nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """The value of every pair of a visible job and a node; works for any number of either.
+
+    Jobs and nodes go through a small network each, which is told a summary of all of them (mean and cluster features);
+    the score of a pair is a dot product, plus a term for pairs that fit now, plus the bonus of the rule's own choice.
+    """
+
+    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5, rule_order: float = 4.0) -> None:
+        super().__init__()
+        self.resources = resources
+        self.job_in = layer_init(nn.Linear(JOB_WIDTH + resources, hidden))
+        self.node_in = layer_init(nn.Linear(NODE_WIDTH + 2 * resources, hidden))
+        self.context = layer_init(nn.Linear(2 * hidden + CLUSTER_WIDTH, hidden))
+        self.job_out = layer_init(nn.Linear(hidden, hidden))
+        self.node_out = layer_init(nn.Linear(hidden, hidden))
+        self.query = layer_init(nn.Linear(hidden, hidden + 1), std=0.01)
+        self.wait = layer_init(nn.Linear(hidden, 1), std=0.01)
+        self.rule_bonus = nn.Parameter(torch.tensor(rule_bonus))
+        self.rule_order = nn.Parameter(torch.tensor(rule_order))
+
+    def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        """jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc], mask[B, K*M + 1] -> values[B, K*M + 1]."""
+        present = jobs[..., 0] > 0  # most windows are mostly empty: only the jobs that are there are computed
+        rows, owner = jobs[present], present.nonzero()[:, 0]
+        job = torch.relu(self.job_in(rows))
+        node = torch.relu(self.node_in(nodes))
+        pooled = torch.zeros_like(node[:, 0]).scatter_add(0, owner[:, None].expand_as(job), job)
+        pooled = pooled / present.sum(1, keepdim=True).clamp(min=1)
+        context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
+        job = torch.relu(self.job_out(job) + context[owner])
+        node = torch.relu(self.node_out(node) + context[:, None])
+        query = self.query(job)
+        scores = (node[owner] * query[:, None, :-1]).sum(-1) / node.shape[-1] ** 0.5
+        demand, free = rows[:, None, JOB_WIDTH:], nodes[owner, :, NODE_WIDTH : NODE_WIDTH + self.resources]
+        scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
+        scores = scores + self.rule_bonus * rows[:, RULE_CHOICE, None] * nodes[owner, :, RULE_NODE]
+        scores = scores - self.rule_order * rows[:, BEHIND, None]
+        pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + nodes.shape[1:2])
+        pairs = pairs.masked_scatter(present[..., None], scores)
+        wait = self.wait(context) + self.rule_bonus * cluster[:, RULE_WAITS, None]
+        return torch.where(mask > 0, torch.cat([pairs.flatten(1), wait], 1), NEVER)
+
+    def logits(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        """The same values by products of whole matrices, empty places included: for export. A single observation takes
+        onnxruntime a third of the time that way, with 256 nodes a ninth."""
+        present = (jobs[..., :1] > 0).float()
+        job, node = torch.relu(self.job_in(jobs)), torch.relu(self.node_in(nodes))
+        pooled = (present.transpose(1, 2) @ job)[:, 0] / present.sum(1).clamp(min=1)
+        context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
+        job = torch.relu(self.job_out(job) + context[:, None])
+        node = torch.relu(self.node_out(node) + context[:, None])
+        query = self.query(job)
+        scores = query[..., :-1] @ node.transpose(1, 2) / node.shape[-1] ** 0.5
+        demand, free = jobs[..., JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
+        fit = present > 0
+        for r in range(self.resources):
+            fit = fit & (demand[:, :, None, r] <= free[:, None, :, r] + 1e-6)
+        scores = scores + query[..., -1:] * fit
+        scores = scores + self.rule_bonus * jobs[..., RULE_CHOICE, None] * nodes[:, None, :, RULE_NODE]
+        scores = scores - self.rule_order * jobs[..., BEHIND, None]
+        scores = torch.where(present > 0, scores, NEVER)
+        wait = self.wait(context) + self.rule_bonus * cluster[:, RULE_WAITS, None]
+        return torch.where(mask > 0, torch.cat([scores.flatten(1), wait], 1), NEVER)
+
+
+RULE_CHOICE, RULE_NODE = JOB_FEATURES.index("rule_choice"), NODE_FEATURES.index("rule_choice")
+RULE_WAITS, BEHIND = CLUSTER_FEATURES.index("rule_waits"), JOB_FEATURES.index("behind")
+NEVER = -1e9  # the value of an illegal action
+
+
+def epsilons(args: Args, fraction: float) -> Tensor:
+    """[E]: how often each cluster explores when that fraction of the decisions is taken (spread as in Ape-X, Horgan et
+    al. 2018, eq. 1)."""
+    ends = args.end_e ** (1 + 7 * torch.arange(args.num_envs) / max(1, args.num_envs - 1))
+    begun = min(1.0, fraction / args.exploration_fraction) if args.exploration_fraction > 0 else 1.0
+    return args.start_e + begun * (ends - args.start_e)
+
+
+def explore(greedy: Tensor, mask: Tensor, epsilon: Tensor) -> Tensor:
+    """Actions[B]: the greedy ones or, with probability epsilon[B], any that mask[B, A] allows, all as likely."""
+    anything = (mask * torch.rand_like(mask)).argmax(1)
+    return torch.where(torch.rand_like(epsilon) < epsilon, anything, greedy)
+
+
+class Replay:
+    """The last `buffer_steps` decisions in each of E clusters, in a ring: obs[T, E, D], the rest [T, E]."""
+
+    def __init__(self, steps: int, envs: int, width: int, device: torch.device) -> None:
+        self.obs = torch.zeros(steps, envs, width, device=device)
+        self.actions = torch.zeros(steps, envs, dtype=torch.long, device=device)
+        self.rewards, self.dones = torch.zeros(2, steps, envs, device=device)
+        self.count = 0
+
+    def add(self, obs: Tensor, actions: Tensor, rewards: Tensor, dones: Tensor) -> None:
+        row = self.count % len(self.obs)
+        self.obs[row], self.actions[row], self.rewards[row], self.dones[row] = obs, actions, rewards, dones
+        self.count += 1
+
+    def sample(self, size: int, n_step: int) -> tuple[Tensor, Tensor]:
+        """Rows[size, n_step + 1] of successive decisions, and clusters[size], all as likely."""
+        steps = len(self.obs)
+        oldest = max(0, self.count - steps)
+        first = oldest + torch.randint(min(self.count, steps) - n_step, (size,), device=self.obs.device)
+        cluster = torch.randint(self.obs.shape[1], (size,), device=self.obs.device)
+        return (first[:, None] + torch.arange(n_step + 1, device=first.device)) % steps, cluster
+
+
+@torch.no_grad()
+def collect(
+    agent: Agent, envs: SchedulerVectorEnv, replay: Replay, epsilon: Tensor, args: Args
+) -> list[dict[str, Any]]:
+    """One decision in every cluster, into the replay memory. Returns the infos of the episodes that ended."""
+    obs = torch.from_numpy(envs.observations).to(replay.obs.device, copy=True)
+    parts = envs.split(obs)
+    actions = explore(agent(*parts).argmax(1), parts.mask, epsilon.to(obs.device))
+    _, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
+    done = terminated | truncated
+    # What comes after a truncation would be bootstrapped from another episode's observation: it counts as an end, which
+    # for improvements (following the reference from there on earns nothing) it is.
+    replay.add(obs, actions, torch.from_numpy(rewards * args.reward_scale).to(obs), torch.from_numpy(done).to(obs))
+    final = infos.get("final_info", {})
+    return [{name: final[name][e] for name in final if not name.startswith("_")} for e in np.flatnonzero(done)]
+
+
+def n_step_returns(rewards: Tensor, dones: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Of rewards[B, n] and dones[B, n]: the discounted sums[B] up to the first end, and what to multiply the value of
+    what follows with: gamma ** n, or 0 where the episode ended."""
+    going_on = torch.ones_like(rewards[:, 0])
+    returns = torch.zeros_like(going_on)
+    for k in range(rewards.shape[1]):
+        returns += going_on * rewards[:, k]
+        going_on = going_on * gamma * (1 - dones[:, k])
+    return returns, going_on
+
+
+def targets(agent: nn.Module, target: nn.Module, following: Observation, returns: Tensor, discount: Tensor) -> Tensor:
+    """Double DQN's targets[B] (van Hasselt et al. 2016, eq. 4): the network chooses among the legal actions, the target
+    network says what that is worth. Where nothing can be chosen (an episode is over) nothing is added."""
+    chosen = agent(*following).argmax(1, keepdim=True)
+    value = target(*following).gather(1, chosen)[:, 0]
+    return returns + discount * torch.where(following.mask.any(1), value, 0.0)
+
+
+def update(
+    agent: Agent, target: Agent, optimizer: torch.optim.Optimizer, replay: Replay, layout: Layout, args: Args
+) -> Tensor:
+    """One gradient step on a batch of the replay memory. Returns [td_loss, q_values], the means."""
+    rows, cluster = replay.sample(args.batch_size, args.n_step)
+    with torch.no_grad():
+        past = rows[:, :-1], cluster[:, None]
+        returns, discount = n_step_returns(replay.rewards[past], replay.dones[past], args.gamma)
+        if args.gamma > 0:
+            returns = targets(agent, target, layout.split(replay.obs[rows[:, -1], cluster]), returns, discount)
+    values = agent(*layout.split(replay.obs[rows[:, 0], cluster]))
+    values = values.gather(1, replay.actions[rows[:, 0], cluster][:, None])[:, 0]
+    loss = nn.functional.smooth_l1_loss(values, returns)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    return torch.stack([loss, values.mean()]).detach()
+
+
+@torch.no_grad()
+def move_target(agent: Agent, target: Agent, tau: float) -> None:
+    for ours, theirs in zip(agent.parameters(), target.parameters(), strict=True):
+        theirs.lerp_(ours, tau)
+
+
+# ---------------------------------------------------------------------------------- validation, files, the main loop
+class Judgement(NamedTuple):
+    """Of continuous replays: the mean of the objective, its root mean square, and the 99th percentile of the wait."""
+
+    cost: float
+    rms: float
+    wait_p99: float
+
+
+def judge(schedules: list[Schedule], objective: str) -> Judgement:
+    """Means over the replays, without the first 5 % of each one's jobs."""
+    counted = [slice(len(s.jobs) // 20, None) for s in schedules]
+    per_job = [getattr(s, METRIC[objective])[c] for s, c in zip(schedules, counted, strict=True)]
+    p99 = [np.percentile(s.wait[c], 99) for s, c in zip(schedules, counted, strict=True)]
+    figures = [[x.mean() for x in per_job], [np.sqrt((x**2).mean()) for x in per_job], p99]
+    return Judgement(*(float(np.mean(figure)) for figure in figures))
+
+
+def environment(args: Args) -> dict[str, Any]:
+    """The arguments that training and validation environments share."""
+    names = ("objective", "reference", "queue_window", "backfill", "lock_in")
+    return {name: getattr(args, name) for name in names}
+
+
+class FollowRule(nn.Module):
+    """The reference's own choice in the form of an agent: exported where training found nothing better."""
+
+    def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        """As `Agent.forward`."""
+        return self.logits(jobs, nodes, cluster, mask)
+
+    def logits(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        pairs = jobs[..., RULE_CHOICE, None] * nodes[..., RULE_NODE][:, None]
+        return torch.where(mask > 0, torch.cat([pairs.flatten(1), cluster[:, RULE_WAITS, None]], 1), NEVER)
+
+
+class LogitsOnly(nn.Module):
+    """What the exported file computes."""
+
+    def __init__(self, agent: nn.Module) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        return self.agent.logits(jobs, nodes, cluster, mask)
+
+
+def export_onnx(agent: nn.Module, path: Path, layout: Layout, metadata: dict[str, Any]) -> None:
+    """Write policy.onnx: jobs, nodes, cluster, mask -> logits; batch, queue window and node count are dynamic."""
+    example = layout.split(torch.zeros(2, layout.size))
+    axes = {"jobs": {0: "batch", 1: "window"}, "nodes": {0: "batch", 1: "nodes"}, "cluster": {0: "batch"}}
+    axes |= {"mask": {0: "batch", 1: "actions"}, "logits": {0: "batch", 1: "actions"}}
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this exporter is deprecated; its successor cannot tell K*M + 1 from K and M
+        torch.onnx.export(
+            LogitsOnly(deepcopy(agent)).cpu().eval(), tuple(example), str(temporary), opset_version=17, dynamo=False,
+            input_names=list(Observation._fields), output_names=["logits"], dynamic_axes=axes,
+        )  # fmt: skip
+        model = onnx.load(temporary)
+        entry = model.metadata_props.add()
+        entry.key, entry.value = "resourcerl", json.dumps(metadata)
+        onnx.save(model, temporary)
+
+
+class Trainer:
+    """One run: the environments, the agent, and everything that a checkpoint holds."""
+
+    def __init__(self, args: Args, folder: Path, console: Console) -> None:
+        self.args, self.folder = args, folder
+        self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+        torch.manual_seed(args.seed)
+        torch.set_num_threads(1)  # so small a network gains nothing from more, and the simulator uses the other cores
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        workload = load_workload(args.workload, "train")
+        workload.report_skipped()
+        self.validation = at_loads(load_workload(args.workload, "validation"), args.validation_loads)
+        begin, end = self.validation.segments.T
+        end = np.minimum(end, begin + args.validation_jobs // len(begin))
+        self.segments = np.stack([begin, end], 1)
+        self.rules = {name: self.judge_rule(name) for name in RULES}
+        self.best_rule = min(filter(self.acceptable, RULES), key=lambda name: self.rules[name].cost)
+        [self.example] = simulate(self.validation, self.best_rule, self.segments[:1])
+        submitted, started = self.example.jobs.submit_time, np.sort(self.example.start_time)
+        queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
+        self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
+        if args.reference == "tuned":
+            args.reference = tune(
+                workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
+                lock_in=args.lock_in, each=lambda steps: track(steps, "tuning the rule to start from", console=console),
+            )  # fmt: skip
+        self.rules[args.reference] = self.judge_rule(args.reference)
+        self.envs = SchedulerVectorEnv(
+            args.num_envs, resampled(workload, args.seed), num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
+            followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
+        )  # fmt: skip
+        self.layout = self.envs.layout
+        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus, args.rule_order).to(self.device)
+        self.target = deepcopy(self.agent)
+        self.replay = Replay(args.buffer_steps, args.num_envs, self.layout.size, self.device)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+        self.iteration = self.updates = 0
+        # Until a policy is better than every rule on validation, the file stands for the best rule.
+        self.stands_for: str | None = min(filter(self.acceptable, self.rules), key=lambda name: self.rules[name].cost)
+        self.best_cost = self.rules[self.stands_for].cost
+
+    def judge_rule(self, name: str) -> Judgement:
+        args = self.args
+        schedules = simulate(self.validation, name, self.segments, backfill=args.backfill, lock_in=args.lock_in)
+        return judge(schedules, args.objective)
+
+    def acceptable(self, found: Judgement | str) -> bool:
+        """No gain is bought with starvation: the tail of the wait is at most a fifth longer than EASY-FIFO's."""
+        found = self.rules[found] if isinstance(found, str) else found
+        return found.wait_p99 <= 1.2 * self.rules["easy-fifo"].wait_p99
+
+    def start(self) -> None:
+        self.envs.reset(seed=self.args.seed)
+        export_onnx(FollowRule(), self.folder / "policy.onnx", self.layout, self.metadata(self.stands_for))
+
+    def checkpoint(self) -> None:
+        with replacing(self.folder / "checkpoint.pt") as temporary:
+            state = {
+                "iteration": self.iteration,
+                "updates": self.updates,
+                "model": self.agent.state_dict(),
+                "target": self.target.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best_cost": self.best_cost,
+                "stands_for": self.stands_for,
+                "replay": vars(self.replay),
+                "environments": self.envs.state_dict(),
+                "random": torch.get_rng_state(),
+            }
+            torch.save(state, temporary)
+
+    def restore(self) -> None:
+        """Raises ValueError: the checkpoint is damaged or from another version."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, weights_only=False)
+            self.agent.load_state_dict(state["model"])
+            self.target.load_state_dict(state["target"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration, self.updates, self.best_cost = state["iteration"], state["updates"], state["best_cost"]
+            self.stands_for = state["stands_for"]
+            vars(self.replay).update(state["replay"])
+            self.envs.load_state_dict(state["environments"])
+        except Exception as error:  # torch.load raises whatever the damage leads to
+            raise ValueError(
+                f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"
+            ) from error
+        torch.set_rng_state(state["random"])
+
+    def validate(self) -> tuple[dict[str, float], Schedule]:
+        """Export the averaged policy and replay it on the validation split; the best one so far is policy.onnx.
+
+        Returns what is logged, and the first replay.
+        """
+        candidate = self.folder / "candidate.onnx"
+        export_onnx(self.average.module, candidate, self.layout, self.metadata(None))
+        schedules = load_policy(str(candidate)).schedule(self.validation, self.segments)
+        found = judge(schedules, self.args.objective)
+        if found.cost < self.best_cost and self.acceptable(found):
+            self.best_cost, self.stands_for = found.cost, None
+            os.replace(candidate, self.folder / "policy.onnx")
+        candidate.unlink(missing_ok=True)
+        metrics = [s.metrics() for s in schedules]
+        means = {f"eval/{name}": float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        improvement = 1 - found.cost / self.rules[self.best_rule].cost
+        means |= {"eval/cost": found.cost, "eval/wait_p99": found.wait_p99, "eval/improvement": improvement}
+        means["eval/best_improvement"] = 1 - self.best_cost / self.rules[self.best_rule].cost
+        return means, schedules[0]
+
+    def metadata(self, rule: str | None) -> dict[str, Any]:
+        """What policy.onnx says about itself; `rule`: it stands for that rule."""
+        args = self.args
+        return {
+            "version": 1, "algorithm": "dqn", "workload": args.workload, "objective": args.objective,
+            "reference": rule or args.reference, "backfill": args.backfill, "lock_in": args.lock_in,
+            "queue_window": args.queue_window, "nodes": self.layout.nodes, "resources": self.layout.resources,
+            "job_features": JOB_FEATURES, "node_features": NODE_FEATURES, "cluster_features": CLUSTER_FEATURES,
+            "steps": self.iteration * args.num_envs * args.num_steps, "seed": args.seed, "rule": rule,
+        }  # fmt: skip
+
+    def results(self) -> list[tuple[str, float, float, float, float]]:
+        """The policy and the rules worth knowing, best first: validation cost, and relative to FIFO, EASY-FIFO and the
+        best rule."""
+        names = dict.fromkeys(("fifo", "easy-fifo", "easy-sjf", "easy-saf", self.args.reference, self.best_rule))
+        rows = {parse_rule(name).title: self.rules[name].cost for name in names}
+        if self.stands_for is None:
+            rows["DQN"] = self.best_cost
+        others = [self.rules[name].cost for name in ("fifo", "easy-fifo", self.best_rule)]
+        ranked = sorted(rows.items(), key=lambda row: row[1])
+        return [(name, cost, *(cost / other - 1 for other in others)) for name, cost in ranked]
+
+    def columns(self) -> list[str]:
+        return ["policy", METRIC[self.args.objective], "to FIFO", "to EASY-FIFO", f"to {self.best_rule}"]
+
+    def table(self) -> Table:
+        table = Table(title=f"{Path(self.args.workload).name}: mean {self.args.objective} on the validation split")
+        for column in self.columns():
+            table.add_column(column, justify="left" if column == "policy" else "right")
+        for name, cost, *relative in self.results():
+            table.add_row(name, f"{cost:,.1f}", *(f"{share:+.1%}" for share in relative))
+        return table
+
+
+def updates_due(count: int, args: Args) -> int:
+    """How many gradient steps follow the count-th decision of every cluster: on average as many as asked for."""
+    per_step = args.updates_per_decision * args.num_envs
+    return int(count * per_step) - int((count - 1) * per_step)
+
+
+def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
+    """Run the iterations that are left. False: stopped by Ctrl-C."""
+    args, agent, layout, replay = trainer.args, trainer.agent, trainer.layout, trainer.replay
+    stop: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
+    every = max(1, args.num_iterations // max(1, args.num_evaluations))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    started, first = time.time(), trainer.iteration
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("training", total=args.num_iterations, completed=trainer.iteration)
+            while trainer.iteration < args.num_iterations and not stop:
+                if args.anneal_lr:
+                    fraction = 1.0 - trainer.iteration / args.num_iterations
+                    trainer.optimizer.param_groups[0]["lr"] = fraction * args.learning_rate
+                episodes, sums, count = [], torch.zeros(2, device=trainer.device), 0
+                for _ in range(args.num_steps):
+                    fraction = replay.count / (args.num_iterations * args.num_steps)
+                    episodes += collect(agent, trainer.envs, replay, epsilons(args, fraction), args)
+                    if replay.count <= max(args.learning_starts, args.n_step):
+                        continue
+                    for _ in range(updates_due(replay.count, args)):
+                        sums += update(agent, trainer.target, trainer.optimizer, replay, layout, args)
+                        count += 1
+                        trainer.updates += 1
+                        if trainer.updates % args.target_frequency == 0:
+                            move_target(agent, trainer.target, args.tau)
+                losses = dict(zip(("td_loss", "q_values"), (sums / max(1, count)).tolist(), strict=True))
+                trainer.average.update_parameters(agent)
+                trainer.iteration += 1
+                step = trainer.iteration * args.num_envs * args.num_steps
+                sps = int((trainer.iteration - first) * args.num_envs * args.num_steps / (time.time() - started))
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value, step)
+                writer.add_scalar("charts/learning_rate", trainer.optimizer.param_groups[0]["lr"], step)
+                writer.add_scalar("charts/SPS", sps, step)
+                if episodes:
+                    for tag, name in CHARTS.items():
+                        writer.add_scalar(f"charts/{tag}", np.mean([e[name] for e in episodes]), step)
+                if trainer.iteration % every == 0 or trainer.iteration == args.num_iterations:
+                    metrics, schedule = trainer.validate()
+                    for name, value in metrics.items():
+                        writer.add_scalar(name, value, step)
+                    writer.add_image("gantt/policy", snapshot(schedule, trainer.moment), step, dataformats="HWC")
+                    writer.flush()  # somebody may be waiting for it: TensorBoard, or a sweep that stops bad runs
+                    trainer.checkpoint()
+                best = trainer.best_cost / trainer.rules[trainer.best_rule].cost - 1
+                progress.update(
+                    bar, advance=1, description=f"{sps:,} decisions/s, best so far {best:+.1%} to {trainer.best_rule}"
+                )
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    trainer.checkpoint()
+    return not stop
+
+
+CHARTS = {"episodic_return": "return", "episodic_length": "decisions", "latency": "latency", "wait": "wait"}
+CHARTS |= {"bounded_slowdown": "bounded_slowdown", "utilization": "utilization"}
+LAYOUT = {  # TensorBoard's Custom Scalars tab: what belongs together is in one chart
+    "does it learn": {
+        "improvement over the reference, per episode": ["Multiline", ["charts/episodic_return"]],
+        "improvement over the best rule, validation": ["Multiline", ["eval/improvement", "eval/best_improvement"]],
+    },
+    "who waits, validation": {
+        "wait (s)": ["Multiline", ["eval/wait", "eval/wait_median", "eval/wait_p95", "eval/wait_p99"]],
+        "longest wait (s)": ["Multiline", ["eval/wait_max"]],
+    },
+    "is the update healthy": {
+        "loss": ["Multiline", ["losses/td_loss"]],
+        "values": ["Multiline", ["losses/q_values"]],
+    },
+}
+
+
+def snapshot(schedule: Schedule, now: float) -> np.ndarray:
+    """uint8[H, W, 3]: the Gantt chart of what has started by `now`, and beside it the queue at that time."""
+    started = schedule.start_time <= now
+    queue = schedule.jobs[~started & (schedule.jobs.submit_time <= now)]
+    past = Schedule(schedule.jobs[started], schedule.cluster, schedule.start_time[started], schedule.node[started])
+    return gantt(past, now, queue)
+
+
+def log_start(trainer: Trainer, writer: SummaryWriter) -> None:
+    """What TensorBoard shows of the run besides its curves; the HParams tab sets the last eval/ values beside it."""
+    config = asdict(trainer.args)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+    values = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
+    metrics = dict.fromkeys(("eval/best_improvement", "eval/improvement", "eval/cost", "eval/wait_p99"))
+    for summary in hparams(values, metrics)[:2]:  # the third one ends the session
+        writer.file_writer.add_summary(summary)
+    writer.add_custom_scalars(LAYOUT)
+    writer.add_image(f"gantt/{trainer.best_rule}", snapshot(trainer.example, trainer.moment), 0, dataformats="HWC")
+
+
+def log_end(trainer: Trainer) -> None:
+    """Give W&B the closing table, and the policy with its metadata."""
+    import wandb
+
+    wandb.log({"validation": wandb.Table(trainer.columns(), [list(row) for row in trainer.results()])})
+    artifact = wandb.Artifact("policy", "model", metadata=trainer.metadata(trainer.stands_for))
+    artifact.add_file(str(trainer.folder / "policy.onnx"))
+    wandb.log_artifact(artifact)
+
+
+def main(args: Args) -> None:
+    console = Console(stderr=True)
+    resume = args.resume is not None
+    if resume:
+        folder = Path(args.resume)
+        try:
+            args = Args(**json.loads((folder / "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{folder / 'args.json'}: {error}; name the folder of a run, as in runs/<run_name>"
+            ) from error
+    else:
+        if not args.n_step < args.buffer_steps:
+            raise ValueError(f"n_step is {args.n_step}; use less than buffer_steps, which is {args.buffer_steps}")
+        args.num_iterations = max(1, args.total_timesteps // (args.num_envs * args.num_steps))
+        name = args.workload if "." not in args.workload else Path(args.workload).name.split(".")[0]
+        folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    trainer = Trainer(args, folder, console)
+    if resume:
+        trainer.restore()
+    else:
+        folder.mkdir(parents=True)
+        trainer.start()
+        write_json(folder / "args.json", asdict(args))
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
+            name=folder.name, id=folder.name, resume="allow", save_code=True,
+        )  # fmt: skip
+    reference = parse_rule(args.reference).title
+    console.print(f"run: {folder}   reference rule: {reference}   best rule on validation: {trainer.best_rule}")
+    writer = SummaryWriter(
+        folder, purge_step=trainer.iteration * args.num_envs * args.num_steps + 1 if resume else None
+    )
+    log_start(trainer, writer)
+    finished = train(trainer, writer, console)
+    if finished:
+        writer.file_writer.add_summary(hparams({}, {})[2])
+    writer.close()
+    if args.track:
+        log_end(trainer)
+    Console().print(trainer.table())
+    if trainer.stands_for:
+        title = parse_rule(trainer.stands_for).title
+        console.print(f"Nothing better than {title} on validation: policy.onnx stands for that rule.")
+    if not finished:
+        console.print(f"Interrupted. Go on with: python {Path(__file__).name} --resume {folder}")
+    else:
+        console.print(
+            f"Compare on the test split: python benchmark.py compare --workload {args.workload} "
+            f"--policies {' '.join(dict.fromkeys(('fifo', 'easy-fifo', trainer.best_rule)))} {folder}/policy.onnx"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

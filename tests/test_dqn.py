@@ -1,0 +1,193 @@
+"""DQN: its parts against brute force, and the script as a user runs it. What it shares with PPO is tested there."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_ppo import ROOT, run_folder, scalars
+
+from dqn_scheduler import NEVER, Agent, Args, Replay, collect, epsilons, explore, n_step_returns, targets, updates_due
+from policies import load_policy
+from scheduler_env import Observation, SchedulerVectorEnv, simulate
+from workloads import load_workload
+
+SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
+SMALL += ("--num-envs", "8", "--num-steps", "32", "--num-evaluations", "2", "--gamma", "0.9", "--n-step", "3")
+SMALL += ("--batch-size", "64", "--updates-per-decision", "0.05", "--buffer-steps", "100", "--learning-starts", "10")
+SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--total-timesteps", "4096")
+
+
+def script(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "dqn_scheduler.py"), *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    result = script(folder, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "easy-sjf" in result.stdout and "fifo" in result.stdout  # the closing table
+    return run_folder(folder)
+
+
+def test_n_step_returns_stop_at_the_end_of_an_episode() -> None:
+    rng = np.random.default_rng(0)
+    rewards, dones, gamma = rng.normal(size=(200, 4)), rng.random((200, 4)) < 0.3, 0.9
+    returns, discount = n_step_returns(torch.tensor(rewards), torch.tensor(dones, dtype=torch.double), gamma)
+    for row in range(200):
+        expected, factor = 0.0, 1.0
+        for k in range(4):
+            expected += factor * rewards[row, k]
+            factor *= gamma
+            if dones[row, k]:
+                factor = 0.0
+                break
+        assert returns[row].item() == pytest.approx(expected)
+        assert discount[row].item() == pytest.approx(factor)
+
+
+class Fixed(torch.nn.Module):
+    """A network that gives these values[B, A] where the mask allows."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, jobs: torch.Tensor, nodes: torch.Tensor, cluster: torch.Tensor, mask: torch.Tensor):
+        return torch.where(mask > 0, self.values, NEVER)
+
+
+def test_double_dqn_targets_choose_by_one_network_and_value_by_the_other_among_legal_actions() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=(2, 300, 7)).astype(np.float32)
+    mask = (rng.random((300, 7)) < 0.4).astype(np.float32)
+    mask[:5] = 0  # an episode is over
+    returns, discount = rng.normal(size=300).astype(np.float32), np.float32(0.9)
+    following = Observation(*(torch.zeros(300, 1),) * 3, torch.from_numpy(mask))
+    found = targets(
+        Fixed(torch.from_numpy(ours)), Fixed(torch.from_numpy(theirs)), following, torch.from_numpy(returns), discount
+    )
+    for row in range(300):
+        legal = np.flatnonzero(mask[row])
+        value = theirs[row, max(legal, key=lambda a: ours[row, a])] if len(legal) else 0.0
+        assert found[row].item() == pytest.approx(returns[row] + 0.9 * value, rel=1e-5)
+
+
+def test_exploration_is_legal_uniform_and_as_often_as_asked() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1.0, 0.0, 1.0, 1.0, 1.0]]).expand(100_000, 5)
+    greedy = torch.full((100_000,), 2)
+    for epsilon in (0.0, 0.3, 1.0):
+        shares = torch.bincount(explore(greedy, mask, torch.full((100_000,), epsilon)), minlength=5) / 1e5
+        expected = epsilon * np.array([0.25, 0, 0.25, 0.25, 0.25]) + (1 - epsilon) * np.array([0, 0, 1, 0, 0])
+        np.testing.assert_allclose(shares, expected, atol=0.006)
+        assert shares[1] == 0
+
+
+def test_every_cluster_has_an_epsilon_of_its_own() -> None:
+    args = Args(num_envs=8, start_e=1.0, end_e=0.4, exploration_fraction=0.5)
+    assert epsilons(args, 0.0).tolist() == [1.0] * 8
+    np.testing.assert_allclose(epsilons(args, 0.5), 0.4 ** np.arange(1, 9), rtol=1e-4)
+    np.testing.assert_allclose(epsilons(args, 0.25), 0.5 + 0.5 * 0.4 ** np.arange(1, 9), rtol=1e-4)
+
+
+def test_replay_gives_successive_decisions_of_one_cluster_and_forgets_the_oldest() -> None:
+    torch.manual_seed(0)
+    replay = Replay(10, 3, 2, torch.device("cpu"))
+    for step in range(27):
+        obs = torch.stack([torch.tensor([step, e]) for e in range(3)])
+        replay.add(obs, torch.full((3,), step), torch.full((3,), float(step)), torch.zeros(3))
+    rows, cluster = replay.sample(5000, 3)
+    steps = replay.obs[rows, cluster[:, None]][..., 0]
+    assert (steps[:, 1:] - steps[:, :-1] == 1).all()
+    assert (replay.obs[rows, cluster[:, None]][..., 1] == cluster[:, None]).all()
+    assert set(steps[:, 0].tolist()) == {17.0, 18.0, 19.0, 20.0, 21.0, 22.0, 23.0}
+    assert torch.equal(replay.actions[rows, cluster[:, None]].float(), steps)
+
+
+@pytest.mark.parametrize(("num_envs", "ratio"), [(1, 0.25), (7, 0.1), (128, 1 / 1024), (64, 0.5)])
+def test_the_ratio_of_updates_to_decisions_does_not_depend_on_the_number_of_clusters(num_envs, ratio) -> None:
+    args = Args(num_envs=num_envs, updates_per_decision=ratio)
+    total = sum(updates_due(count, args) for count in range(1, 1001))
+    assert total == int(1000 * num_envs * ratio)
+
+
+def test_the_mask_is_never_violated() -> None:
+    """In 10^5 decisions of an untrained agent, half of them exploring."""
+    torch.manual_seed(0)
+    envs = SchedulerVectorEnv(
+        256, "cloud", num_jobs=64, warmup_jobs=16, followup_jobs=16, reward="cost", queue_window=8
+    )
+    envs.reset(seed=0)
+    agent, replay = Agent(envs.layout.resources), Replay(100, 256, envs.layout.size, torch.device("cpu"))
+    for step in range(400):
+        collect(agent, envs, replay, torch.full((256,), 0.5), Args())
+        mask = envs.split(replay.obs[step % 100]).mask
+        assert mask.gather(1, replay.actions[step % 100][:, None]).min() == 1
+
+
+def test_run_writes_what_it_says(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} >= {"args.json", "checkpoint.pt", "policy.onnx"}
+    for tag in ("charts/SPS", "charts/episodic_return", "charts/wait", "losses/td_loss", "losses/q_values"):
+        assert scalars(finished, tag), tag
+    assert set(scalars(finished, "eval/cost")) == {2048, 4096}
+    workload = load_workload(str(ROOT / "tests/data/small.swf"), "test")
+    (schedule,) = load_policy(str(finished / "policy.onnx")).schedule(workload)
+    (fifo,) = simulate(workload, "fifo")
+    assert schedule.wait.mean() < 0.75 * fifo.wait.mean()
+
+
+def test_exported_policy_equals_the_agent() -> None:
+    torch.manual_seed(0)
+    envs = SchedulerVectorEnv(8, "cloud", num_jobs=64, warmup_jobs=64, followup_jobs=16, queue_window=32)
+    parts = envs.split(torch.from_numpy(envs.reset(seed=1)[0]))
+    agent = Agent(envs.layout.resources)
+    torch.testing.assert_close(agent.logits(*parts), agent(*parts), rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "dqn_scheduler.py"), *SMALL]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    run = run_folder(tmp_path)
+    state = torch.load(run / "checkpoint.pt", weights_only=False)
+    assert state["iteration"] < 16, "the run ended before it was interrupted"
+    result = script(tmp_path, "--resume", str(run))
+    assert result.returncode == 0, result.stderr
+    for tag in ("losses/td_loss", "losses/q_values", "charts/episodic_return", "eval/cost"):
+        assert scalars(run, tag) == scalars(finished, tag), tag
+    resumed, whole = (torch.load(r / "checkpoint.pt", weights_only=False)["average"] for r in (run, finished))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_bad_input_ends_with_one_line(tmp_path: Path) -> None:
+    result = script(tmp_path, *SMALL, "--n-step", "200")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: n_step is 200; use less than buffer_steps")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+def test_a_minute_of_training_that_starts_as_fifo_beats_it_by_a_quarter(algorithm: str, tmp_path: Path) -> None:
+    """The network's own replay of the validation split, not that of a rule that it stands for."""
+    flags = ("--reference", "fifo", "--total-timesteps", "50_000", "--num-envs", "64", "--num-steps", "64")
+    flags += ("--num-evaluations", "4", "--num-jobs", "128", "--warmup-jobs", "64", "--followup-jobs", "64")
+    flags += ("--queue-window", "16", "--validation-jobs", "12_000")
+    command = [sys.executable, str(ROOT / f"{algorithm}_scheduler.py"), *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    run = run_folder(tmp_path)
+    fifo = next(line for line in result.stdout.splitlines() if line.startswith("│ fifo ")).split("│")[2]
+    assert min(scalars(run, "eval/cost").values()) < 0.75 * float(fifo.replace(",", ""))
