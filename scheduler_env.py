@@ -210,10 +210,11 @@ JOB = np.dtype(
     + [(x, "f8") for x in ("log_requested", "log_size", "recorded")]
 )
 # What does change: s, one record; the queue in order of submission, and in the rule's backfill order; the jobs of it
-# that an agent has seen, their ranks and scores under the rule; the running jobs by their ends (descending) and by when they
-# are due, which is by requested time (ascending); what is free[m, r] and what stays spare[r] beside the reservation;
-# most[r], more than which no node has free; room[m, r] to reckon in; history[g], what is known of a group of jobs; and
-# the plan, which says when and where a job has started or, if it has not, is going to be started by the reference rule.
+# that an agent has seen, their ranks and scores under the rule; the running jobs by their ends (descending) and by
+# when they are due, which is by requested time (ascending); what is free[m, r] and what stays spare[r] beside the
+# reservation; most[r], more than which no node has free; room[m, r] to reckon in; history[g], what is known of a group
+# of jobs; and the plan, which says when and where a job has started or, if it has not, is going to be started by the
+# reference rule.
 Sim = namedtuple("Sim", "s queue order seen rank score ends dues free spare most room history plan")
 TIMED = np.dtype([("time", "f8"), ("job", "i8")])
 START = np.dtype([("start", "f8"), ("node", "i8")])

@@ -34,6 +34,7 @@ from scheduler_env import (
 )
 from workloads import Workload, at_loads, load_workload, resampled
 
+EACH = 16  # runs that a candidate is judged by
 METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # what an objective minimises
 
 
@@ -90,7 +91,7 @@ def badness(found: np.ndarray, base: np.ndarray) -> float:
     mean of the logarithms of the costs, and what says that jobs starve: longer tails of the wait than EASY-FIFO's."""
     ratio, (_, p99, longest) = found[:, 0] / base[:, 0], found.sum(0) / np.maximum(base.sum(0), 1e-9)
     mean = 0.5 * np.log(found[:, 0].sum() / base[:, 0].sum()) + 0.5 * np.log(ratio).mean()
-    return float(mean + 0.5 * max(0.0, p99 - 1.1) + 0.02 * max(0.0, longest - 3.0))
+    return float(mean + 0.5 * max(0.0, p99 - 1.0) + 0.02 * max(0.0, longest - 3.0))
 
 
 def tune(
@@ -116,7 +117,7 @@ def tune(
     def judge(weights: np.ndarray, which: np.ndarray) -> float:
         return badness(costs(replay(which, weights), objective), base[which])
 
-    start = min(STARTS.values(), key=lambda weights: judge(weights, np.arange(len(base))))
+    start = min(STARTS.values(), key=lambda weights: judge(weights, np.arange(EACH)))
     free = free_weights(runs)
     search = cma.CMAEvolutionStrategy(np.zeros(free.sum()), 0.3, {"seed": seed, "verbose": -9, "popsize": 14})
 
@@ -126,7 +127,7 @@ def tune(
         return weights
 
     for _ in each(range(generations)):
-        which = np.sort(rng.permutation(len(base))[:16])  # others every time: no order of weeks is learned by heart
+        which = np.sort(rng.permutation(len(base))[:EACH])  # others every time: no order of weeks is learned by heart
         offsets = search.ask()
         search.tell(offsets, [judge(weights_of(o), which) for o in offsets])
     return tuned_rule(weights_of(search.mean))
