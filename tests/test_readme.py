@@ -31,7 +31,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SHARED = ROOT.parent / "shared"
 TINY = (
-    "--total-timesteps 256 --num-envs 8 --num-steps 32 --num-minibatches 2 --num-jobs 64 --warmup-jobs 16 "
+    "--total-timesteps 256 --tune-generations 1 --num-envs 8 --num-steps 32 --num-minibatches 2 --num-jobs 64 --warmup-jobs 16 "
     "--followup-jobs 32 --num-evaluations 1 --validation-jobs 600"
 )
 SMALL = "--workload my_cluster.swf.gz"
