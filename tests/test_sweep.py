@@ -185,7 +185,18 @@ stop_runs(request["description"], runs, validate=True)
 print(json.dumps({"violations": violations, "config": next_run(request["description"], runs, validate=True).config}))
 """
 SHORT = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
-SHORT += ("--tune-generations", "1", "--total-timesteps", "512", "--num-envs", "8", "--num-steps", "32", "--num-evaluations", "2")
+SHORT += (
+    "--tune-generations",
+    "1",
+    "--total-timesteps",
+    "512",
+    "--num-envs",
+    "8",
+    "--num-steps",
+    "32",
+    "--num-evaluations",
+    "2",
+)
 SHORT += ("--num-jobs", "64", "--warmup-jobs", "16", "--followup-jobs", "32", "--validation-jobs", "600")
 
 
