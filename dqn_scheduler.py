@@ -525,8 +525,7 @@ class Trainer:
         best rule."""
         names = dict.fromkeys(("fifo", "easy-fifo", "easy-sjf", "easy-saf", self.args.reference, self.best_rule))
         rows = {parse_rule(name).title: self.rules[name].cost for name in names}
-        if self.stands_for is None:
-            rows["DQN"] = self.best_cost
+        rows["DQN" if self.stands_for is None else "DQN, which stands for a rule"] = self.best_cost
         others = [self.rules[name].cost for name in ("fifo", "easy-fifo", self.best_rule)]
         ranked = sorted(rows.items(), key=lambda row: row[1])
         return [(name, cost, *(cost / other - 1 for other in others)) for name, cost in ranked]
@@ -648,7 +647,8 @@ def log_end(trainer: Trainer) -> None:
     import wandb
 
     wandb.log({"validation": wandb.Table(trainer.columns(), [list(row) for row in trainer.results()])})
-    artifact = wandb.Artifact("policy", "model", metadata=trainer.metadata(trainer.stands_for))
+    metadata = asdict(load_policy(str(trainer.folder / "policy.onnx")).metadata)
+    artifact = wandb.Artifact("policy", "model", metadata=metadata)
     artifact.add_file(str(trainer.folder / "policy.onnx"))
     wandb.log_artifact(artifact)
 
