@@ -25,12 +25,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import msgspec
+import numba
 import numpy as np
 import onnxruntime
 import tyro
@@ -236,66 +238,103 @@ def cluster_state(state: State) -> ClusterState:
     Raises:
         Refused: it contradicts itself.
     """
-    resources = len(state.nodes[0].capacity)
-    capacity = _amounts([node.capacity for node in state.nodes], resources, "nodes", "capacity")
-    try:
-        cluster = Cluster(capacity, np.array([node.speed for node in state.nodes]), ("",) * resources)
-    except WorkloadError as error:
-        raise Refused(("nodes", "capacity"), str(error)) from None
-    if capacity.max(0).min() < 1e-6:
-        raise Refused(("nodes", "capacity"), "a resource of which no node has 1e-6; use smaller units")
+    names = [job.id for job in state.running] + [job.id for job in state.queued]
+    if len(set(names)) < len(names):
+        k, first = _first_repeated(names), len(state.running)
+        raise Refused((*(("queued", k - first) if k >= first else ("running", k)), "id"), "there twice")
+    index = {node.name: m for m, node in enumerate(state.nodes)}
+    if len(index) < len(state.nodes):
+        raise Refused(("nodes", _first_repeated([node.name for node in state.nodes]), "name"), "there twice")
+    capacities = tuple(tuple(node.capacity) for node in state.nodes)
+    cluster, resources = _cluster(capacities, tuple(node.speed for node in state.nodes)), len(capacities[0])
     if state.resources is not None and len(state.resources) != resources:
         raise Refused(("resources",), f"{len(state.resources)} names, and {resources} resources")
-    submitted = [job.start_time if job.submit_time is None else job.submit_time for job in state.running]
     finished, codes = None, None
     if state.finished:  # whose job it is counts only where something is known of its user
         codes = {None: -1}
         finished = _jobs("finished", state.finished, [0.0] * len(state.finished), resources, codes)
         finished = replace(finished, run_time=np.array([job.run_time for job in state.finished]))
+    submitted = [job.start_time if job.submit_time is None else job.submit_time for job in state.running]
     queued = _jobs("queued", state.queued, [job.submit_time for job in state.queued], resources, codes)
     running = _jobs("running", state.running, submitted, resources, codes)
     start_time = np.array([job.start_time for job in state.running])
-    index = {node.name: m for m, node in enumerate(state.nodes)}
     node = np.array([index.get(job.node, -1) for job in state.running], np.int64)
-    used = np.zeros_like(capacity)
-    np.add.at(used, node, running.demand)
-    free = np.maximum(capacity - used, 0.0)
+    free = np.full_like(cluster.capacity, np.inf)
     if any(given.free is not None for given in state.nodes):
-        rows = [left if given.free is None else given.free for given, left in zip(state.nodes, free, strict=True)]
+        rows = [unknown if given.free is None else given.free for given, unknown in zip(state.nodes, free, strict=True)]
         free = _amounts(rows, resources, "nodes", "free")
-    found = ClusterState(state.now, cluster, queued, running, start_time, node, finished, free)
-    _refuse_contradictions(state, found, used)
-    return found
+    problem, k = first_problem(
+        state.now, queued.submit_time, queued.demand, running.submit_time, start_time, node, running.demand,
+        cluster.capacity, free, np.zeros_like(free),
+    )  # fmt: skip
+    if problem >= 0:
+        part, field, message = PROBLEMS[problem]
+        raise Refused((part, k, field), message)
+    return ClusterState(state.now, cluster, queued, running, start_time, node, finished, free)
 
 
-def _refuse_contradictions(state: State, found: ClusterState, used: np.ndarray) -> None:
-    """`used` float64[M, R] is what the running jobs take."""
-    names, first = [job.id for job in state.running] + [job.id for job in state.queued], len(state.running)
-    if len(set(names)) < len(names):
-        k = _first_repeated(names)
-        raise Refused((*(("queued", k - first) if k >= first else ("running", k)), "id"), "there twice")
-    names = [node.name for node in state.nodes]
-    if len(set(names)) < len(names):
-        raise Refused(("nodes", _first_repeated(names), "name"), "there twice")
-    queued, running, capacity = found.queued, found.running, found.cluster.capacity
-    kinds = np.array(list({tuple(node.capacity) for node in state.nodes}))
-    slack = 1e-9 * capacity  # operators' sums are rounded
-    checks = (
-        ("queued", "submit_time", queued.submit_time > state.now, "after now"),
-        ("running", "start_time", found.start_time > state.now, "after now"),
-        ("running", "submit_time", running.submit_time > found.start_time, "after start_time"),
-        ("running", "node", found.node < 0, "none of the nodes"),
-        ("queued", "demand", queued.demand.max(1, initial=0) == 0, "nothing; leave the job out"),
-        ("queued", "demand", ~(queued.demand[:, None] <= kinds).all(2).any(1), "more than any node has; leave it out"),
-        ("nodes", "capacity", (used > capacity + slack).any(1), "less than its running jobs take"),
-        ("nodes", "free", (found.free > capacity - used + slack).any(1), "more than its running jobs leave"),
-    )
-    if np.concatenate([wrong for _, _, wrong, _ in checks]).any():
-        part, field, wrong, problem = next(check for check in checks if check[2].any())
-        raise Refused((part, int(wrong.argmax()), field), problem)
+@lru_cache(maxsize=16)
+def _cluster(capacity: tuple[tuple[float, ...], ...], speed: tuple[float, ...]) -> Cluster:
+    """Clusters change seldom."""
+    resources = len(capacity[0])
+    amounts = _amounts(capacity, resources, "nodes", "capacity")
+    try:
+        cluster = Cluster(amounts, np.array(speed), ("",) * resources)
+    except WorkloadError as error:
+        raise Refused(("nodes", "capacity"), str(error)) from None
+    if amounts.max(0).min() < 1e-6:
+        raise Refused(("nodes", "capacity"), "a resource of which no node has 1e-6; use smaller units")
+    return cluster
 
 
-def _amounts(rows: list[Any], resources: int, part: str, field: str) -> np.ndarray:
+PROBLEMS = (
+    ("queued", "submit_time", "after now"),
+    ("queued", "demand", "nothing; leave the job out"),
+    ("queued", "demand", "more than any node has; leave it out"),
+    ("running", "node", "none of the nodes"),
+    ("running", "start_time", "after now"),
+    ("running", "submit_time", "after start_time"),
+    ("nodes", "capacity", "less than its running jobs take"),
+    ("nodes", "free", "more than its running jobs leave"),
+)
+
+
+@numba.njit(cache=True)
+def first_problem(now, submit, demand, running_submit, start, node, running_demand, capacity, free, used):
+    """Which of PROBLEMS there is, and with which entry, or (-1, -1). Fills `used` float64[M, R] with what the running
+    jobs take and `free` float64[M, R], where it is infinite, with what they leave."""
+    for i in range(len(submit)):
+        if submit[i] > now:
+            return 0, i
+        if demand[i].max() == 0:
+            return 1, i
+        m = r = 0
+        while m < len(capacity) and r < demand.shape[1]:  # until a node has enough of every resource
+            m, r = (m, r + 1) if demand[i, r] <= capacity[m, r] else (m + 1, 0)
+        if m == len(capacity):
+            return 2, i
+    for i in range(len(start)):
+        if node[i] < 0:
+            return 3, i
+        if start[i] > now:
+            return 4, i
+        if running_submit[i] > start[i]:
+            return 5, i
+        used[node[i]] += running_demand[i]
+    for m in range(len(capacity)):
+        for r in range(capacity.shape[1]):
+            slack = 1e-9 * capacity[m, r]  # operators' sums are rounded
+            if used[m, r] > capacity[m, r] + slack:
+                return 6, m
+            left = max(capacity[m, r] - used[m, r], 0.0)
+            if free[m, r] == np.inf:
+                free[m, r] = left
+            if free[m, r] > left + slack:
+                return 7, m
+    return -1, -1
+
+
+def _amounts(rows: Sequence[Any], resources: int, part: str, field: str) -> np.ndarray:
     """float64[len(rows), R]"""
     if not set(map(len, rows)) <= {resources}:
         index = next(index for index, row in enumerate(rows) if len(row) != resources)
@@ -370,6 +409,8 @@ def example(resources: int) -> ClusterState:
 
 def compile_kernels(resources: int) -> None:
     """Compile, or load, what decisions need, now and not in the first of them."""
+    node = Node("a", [1.0])
+    cluster_state(State(1.0, [node], [QueuedJob(demand=[1.0], requested_time=1.0, id=1, submit_time=0.0)]))
     moment, layout = Moment(example(resources), parse_rule("easy-fifo")), Layout(2, 2, resources)
     observation, _ = moment.observe(layout)
     moment.act(int(layout.split(observation).mask.argmax()))
