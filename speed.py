@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+import dqn_scheduler
 import ppo_scheduler
 from policies import load_policy
 from scheduler_env import SchedulerVectorEnv, simulate
@@ -225,7 +226,7 @@ def learner(args: Speed, script: ModuleType, last: Callable[[Any], None]) -> dic
     flags = script.Args(
         workload=os.path.abspath(args.workload) if os.path.exists(args.workload) else args.workload, cuda=args.cuda,
         num_envs=args.num_envs, num_steps=args.num_steps, num_evaluations=1,
-        total_timesteps=iterations * args.num_envs * args.num_steps,
+        tune_generations=1, total_timesteps=iterations * args.num_envs * args.num_steps,
     )  # fmt: skip
     runs: list[dict[str, float]] = []
     train = script.train
@@ -304,10 +305,6 @@ def ppo(args: Speed) -> dict[str, Any]:
 
 
 def dqn(args: Speed) -> dict[str, Any]:
-    if not Path(__file__).with_name("dqn_scheduler.py").exists():
-        return {"dqn_decisions_per_second": None, "dqn_time_shares": None}
-    import dqn_scheduler
-
     found = learner(args, dqn_scheduler, lambda _: None)
     return {"dqn_decisions_per_second": found["decisions_per_second"], "dqn_time_shares": found["shares"]}
 

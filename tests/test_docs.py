@@ -9,8 +9,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import test_dqn
+import test_ppo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_ppo import SMALL, run_folder, script
 
 import scheduler_env
 from benchmark import Compare, Speed, Sweep
@@ -18,7 +19,7 @@ from docs.lines import with_lines
 from scheduler_env import SchedulerVectorEnv
 
 DOCS = Path(__file__).parents[1] / "docs"
-SCRIPTS = [name for name in ("ppo", "dqn") if (DOCS / f"{name}.md").exists()]
+SCRIPTS = ("ppo", "dqn")
 
 
 def rows(page: str, key: str, heading: str = "") -> dict[str, str]:
@@ -35,9 +36,10 @@ def written(value: object) -> str:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_tag_of_a_run_is_in_the_table_and_the_reverse(name: str, tmp_path: Path) -> None:
-    result = script(tmp_path, *SMALL, program=f"{name}_scheduler.py")
+    tests = {"ppo": test_ppo, "dqn": test_dqn}[name]
+    result = tests.script(tmp_path, *tests.SMALL)
     assert result.returncode == 0, result.stderr
-    events = EventAccumulator(str(run_folder(tmp_path)))
+    events = EventAccumulator(str(test_ppo.run_folder(tmp_path)))
     events.Reload()
     tags = events.Tags()
     logged = {re.sub(r"^gantt/(?!policy$).*", "gantt/RULE", tag) for tag in (*tags["scalars"], *tags["images"])}

@@ -35,8 +35,8 @@ SMALL += ("--num-envs", "8", "--num-steps", "32", "--num-minibatches", "2", "--n
 SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--total-timesteps", "2048")
 
 
-def script(folder: Path, *flags: str, program: str = "ppo_scheduler.py", **kwargs) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / program), *flags]
+def script(folder: Path, *flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "ppo_scheduler.py"), *flags]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, **kwargs)
 
 

@@ -31,8 +31,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SHARED = ROOT.parent / "shared"
 TINY = (
-    "--total-timesteps 256 --tune-generations 1 --num-envs 8 --num-steps 32 --num-minibatches 2 --num-jobs 64 "
-    "--warmup-jobs 16 --followup-jobs 32 --num-evaluations 1 --validation-jobs 600"
+    "--total-timesteps 256 --num-envs 8 --num-steps 32 --num-jobs 64 --warmup-jobs 16 --followup-jobs 32 "
+    "--num-evaluations 1 --validation-jobs 600 --tune-generations 1"
 )
 SMALL = "--workload my_cluster.swf.gz"
 # How a line begins -> what is appended to make it short. A line that begins otherwise fails the test.
@@ -41,7 +41,8 @@ COMMANDS = {
     "tensorboard": "--version",  # it would serve for ever
     "pytest": "--collect-only --quiet -p no:cacheprovider",  # these are tests of the suite itself
     "time python -c": "",
-    "python ppo_scheduler.py": TINY,
+    "python ppo_scheduler.py": f"{TINY} --num-minibatches 2",
+    "python dqn_scheduler.py": TINY,
     "python fifo_baseline.py": "",
     "python benchmark.py compare": "--runs 1 --max-jobs 300",
     "python benchmark.py rlscheduler": "",
