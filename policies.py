@@ -205,9 +205,12 @@ class OnnxPolicy(Policy):
         # All trained policies are called policy.onnx: the folder of the run tells them apart.
         name, layout = "/".join(path.parts[-2:]), Layout(meta.queue_window, meta.nodes, meta.resources)
         super().__init__(name, meta.rule or meta.reference, layout)
-        self.run_options = (
-            onnxruntime.RunOptions()
-        )  # terminate = True, from any thread, ends a call that takes too long
+        try:
+            self.rule = parse_rule(self.reference)
+        except ValueError as error:
+            raise PolicyError(f"{path}: {error}; train it again") from None
+        # terminate = True, from any thread, ends a call that takes too long
+        self.run_options = onnxruntime.RunOptions()
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
@@ -231,7 +234,7 @@ class OnnxPolicy(Policy):
         self._check_resources(state.cluster, "this cluster")
         if meta.lock_in:
             raise PolicyError(f"{self.path}: trained with lock_in, which no real cluster has; train one without it")
-        moment = Moment(state, parse_rule(self.reference), meta.backfill)
+        moment = Moment(state, self.rule, meta.backfill)
         if meta.rule:
             return _decision(moment, moment.follow_rule(), moment.rule_order())
         layout = Layout(meta.queue_window if window is None else window, *state.cluster.capacity.shape)

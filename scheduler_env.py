@@ -1636,7 +1636,8 @@ class Moment:
         cluster, finished = state.cluster, state.finished if state.finished is not None else state.queued[:0]
         ordered = [np.argsort(part.submit_time, kind="stable") for part in (state.running, state.queued)]
         self.numbers, self._first = ordered[1], len(finished) + len(ordered[0])
-        jobs = Jobs.concatenate([finished, state.running[ordered[0]], state.queued[ordered[1]]])
+        order = np.concatenate([np.arange(len(finished)), len(finished) + ordered[0], self._first + ordered[1]])
+        jobs = Jobs.concatenate([finished, state.running, state.queued])[order]
         grid = _grid(cluster)
         jobs = replace(jobs, demand=np.round(jobs.demand / grid) * grid)
         groups = _groups(jobs) if len(finished) else np.full((len(jobs), 3), -1, np.int32)

@@ -192,6 +192,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half": (lambda path: write_policy(path, metadata='{"version": 1}'), "no policy of ResourceRL"),
     "newer": (lambda path: write_policy(path, version=2), "version 2"),
     "features": (lambda path: write_policy(path, job_features=["age", *se.JOB_FEATURES[1:]]), r"\(age, present\)"),
+    "rule": (lambda path: write_policy(path, reference="alphabetical"), "unknown rule 'alphabetical'"),
     "order": (lambda path: write_policy(path, node_features=list(se.NODE_FEATURES)[::-1]), "node features"),
 }
 
