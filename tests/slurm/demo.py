@@ -225,7 +225,8 @@ def train(folder: Path, overhead: float, steps: int) -> str:
 
 
 def demo(folder: Path, args: Args) -> dict[str, dict[str, float]]:
-    """For each order: mean and p95 of the waits, measured and predicted."""
+    """For each order: mean and p95 of the waits, measured and predicted. All files are under `folder`."""
+    folder.mkdir(parents=True)
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -10)  # Slurm's own time should not depend on what else the machine does
     with cluster(folder / "calibration") as slurm:
@@ -261,9 +262,7 @@ def table(results: dict[str, dict[str, float]]) -> Table:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    folder = ROOT / "runs" / f"slurm_demo__{int(time.time())}"
-    folder.mkdir(parents=True)
-    results = demo(folder, args)
+    results = demo(ROOT / "runs" / f"slurm_demo__{int(time.time())}", args)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
     Console(width=150).print(table(results))
