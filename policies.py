@@ -10,6 +10,7 @@ B counts observations, K the jobs in the window, M nodes, R resources; the actio
 """
 
 import json
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -157,8 +158,10 @@ class RulePolicy(Policy):
     """A classical rule (see `scheduler_env.RULES`). `predict` reads its choice from the observation."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, name)
         self.rule = parse_rule(name)
+        # The name of a tuned rule is its weights, too long for a table; a checksum tells two of them apart.
+        short = f"{self.rule.title}-{zlib.crc32(name.encode()):08x}" if self.rule.weights else name
+        super().__init__(short, name)
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
@@ -326,6 +329,8 @@ def load_policy(name_or_path: str) -> Policy:
     Raises:
         PolicyError: no such rule or file, a file that is no ONNX or none of ours, or made for other features.
     """
+    if name_or_path.startswith("tuned:"):  # longer than the name of any file
+        return RulePolicy(name_or_path)
     path = Path(name_or_path)
     if path.is_dir() and not (path / "policy.onnx").exists():
         raise PolicyError(f"{path}: no such file as policy.onnx in this folder; give one of a run that was validated")

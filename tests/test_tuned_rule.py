@@ -1,5 +1,6 @@
 """The tuned rule: special cases that are classical rules, what it is fitted to, and the fit."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from oracles import simulate_one, workloads
 
 import scheduler_env as se
+from policies import load_policy
 from scheduler_env import RESERVE_TERMS, TERM_COUNT, SchedulerVectorEnv, parse_rule, tuned_rule
 from tuned_rule import STARTS, badness, costs, free_weights, tune
 from workloads import Workload, load_workload, resampled
@@ -38,6 +40,16 @@ def test_a_tuned_rule_that_never_reserves_is_greedy(workload: Workload) -> None:
     weights[RESERVE_TERMS * TERM_COUNT] = 1.0
     greedy = simulate_one(workload, "greedy-sjf")
     assert simulate_one(workload, tuned_rule(weights)).start_time.tolist() == greedy.start_time.tolist()
+
+
+def test_a_tuned_rule_is_a_policy_with_a_short_name() -> None:
+    workload = load_workload("cloud", "validation", runs=1, run_jobs=300)
+    names = [tuned_rule(STARTS[rule]) for rule in ("easy-sjf", "easy-xf")]
+    policies = [load_policy(name) for name in names]
+    assert all(re.fullmatch("tuned-[0-9a-f]{8}", policy.name) for policy in policies)
+    assert policies[0].name != policies[1].name and policies[0].reference == names[0]
+    [ours], [theirs] = policies[0].schedule(workload), se.simulate(workload, names[0])
+    assert ours.start_time.tolist() == theirs.start_time.tolist()
 
 
 def test_the_name_holds_the_weights() -> None:
