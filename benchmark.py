@@ -390,7 +390,7 @@ def replay_all(
     if folder:
         folder.mkdir(exist_ok=True)
     tasks = [(scenario, name) for scenario in workloads for name in policies]
-    arguments = [str(p.path) if isinstance(p := policies[name], OnnxPolicy) else p.name for _, name in tasks]
+    arguments = [str(p.path) if isinstance(p := policies[name], OnnxPolicy) else p.reference for _, name in tasks]
     code = [Path(__file__).with_name(f"{module}.py").read_bytes() for module in ("scheduler_env", "policies")]
     jobs = {scenario: workload_digest(workload) for scenario, workload in workloads.items()}
     files = [
