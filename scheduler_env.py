@@ -124,10 +124,11 @@ TERMS = ("one", "requested", "size", "estimate", "expansion", "waited", "root_wa
 TERMS += ("requested_queued", "size_queued", "waited_queued")
 NODE_TERMS = ("speed", "left", "least_left", "most_left", "speed_requested")
 TERM_COUNT, HEAD_TERMS, BACKFILL_TERMS, RESERVE_TERMS, NODE_WEIGHTS = len(TERMS), 0, 1, 2, 3 * len(TERMS)
+PATIENCE = NODE_WEIGHTS + len(NODE_TERMS)  # the last number: who has waited for longer (hours) goes first, oldest first
 
 
 def tuned_rule(weights: np.ndarray) -> str:
-    """The name of the tuned rule with these weights float64[3 * TERMS + NODE_TERMS]; they are part of the name."""
+    """The name of the tuned rule with these weights float64[PATIENCE + 1]; they are part of the name."""
     return "tuned:" + ",".join(f"{w:.6g}" for w in weights)
 
 
@@ -174,7 +175,7 @@ def parse_rule(name: str) -> Rule:
 
 
 def _weights(name: str) -> tuple[float, ...]:
-    expected = NODE_WEIGHTS + len(NODE_TERMS)
+    expected = PATIENCE + 1
     try:
         weights = tuple(float(w) for w in name.removeprefix("tuned:").split(","))
     except ValueError:
@@ -523,6 +524,8 @@ def tuned_score(sim, p, terms, i):
     """The weighted sum of a tuned rule's TERMS for job i; logarithms of minutes and of 256ths of the cluster."""
     w = p.weights[terms * TERM_COUNT : (terms + 1) * TERM_COUNT]
     wait = sim.s[0].now - p.jobs[i].submit
+    if wait > 3600 * p.weights[PATIENCE]:  # no sum of short runs shows what it costs never to start a job
+        return -1e6 - wait
     requested, size, waited = p.jobs[i].log_requested, p.jobs[i].log_size, np.log1p(wait / 60)
     value = w[0] + w[1] * requested + w[2] * size
     if w[3] != 0:

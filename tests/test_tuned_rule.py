@@ -14,7 +14,7 @@ from oracles import simulate_one, workloads
 
 import scheduler_env as se
 from policies import load_policy
-from scheduler_env import RESERVE_TERMS, TERM_COUNT, SchedulerVectorEnv, parse_rule, tuned_rule
+from scheduler_env import PATIENCE, RESERVE_TERMS, TERM_COUNT, SchedulerVectorEnv, parse_rule, tuned_rule
 from tuned_rule import STARTS, badness, costs, free_weights, tune
 from workloads import Workload, load_workload, resampled
 
@@ -40,6 +40,18 @@ def test_a_tuned_rule_that_never_reserves_is_greedy(workload: Workload) -> None:
     weights[RESERVE_TERMS * TERM_COUNT] = 1.0
     greedy = simulate_one(workload, "greedy-sjf")
     assert simulate_one(workload, tuned_rule(weights)).start_time.tolist() == greedy.start_time.tolist()
+
+
+def test_who_has_waited_for_longer_than_its_patience_goes_first() -> None:
+    """With none at all the rule is EASY-FIFO, whatever its weights."""
+    workload = load_workload("hpc", "validation", runs=1, run_jobs=500)
+    weights = STARTS["easy-saf"].copy()
+    weights[RESERVE_TERMS * TERM_COUNT], weights[PATIENCE] = 1.0, -1.0
+    [ours], [fifo] = se.simulate(workload, tuned_rule(weights)), se.simulate(workload, "easy-fifo")
+    assert ours.start_time.tolist() == fifo.start_time.tolist()
+    weights[PATIENCE] = 4.0
+    [patient], [greedy] = se.simulate(workload, tuned_rule(weights)), se.simulate(workload, "greedy-saf")
+    assert patient.wait.max() < 0.5 * greedy.wait.max()
 
 
 def test_a_tuned_rule_is_a_policy_with_a_short_name() -> None:
@@ -118,7 +130,7 @@ def test_badness_is_zero_for_the_base_and_counts_starvation() -> None:
     assert badness(base, base) == 0.0
     assert badness(base * [0.5, 1, 1], base) == pytest.approx(np.log(0.5))
     assert badness(base * [0.5, 1.5, 1], base) == pytest.approx(np.log(0.5) + 0.5 * 0.5)
-    assert badness(base * [0.5, 1, 5], base) == pytest.approx(np.log(0.5) + 0.02 * 2)
+    assert badness(base * [0.5, 1, 5], base) == pytest.approx(np.log(0.5) + 0.05 * 3)
 
 
 def test_weights_that_change_nothing_are_not_searched() -> None:
@@ -126,7 +138,7 @@ def test_weights_that_change_nothing_are_not_searched() -> None:
         load_workload("hpc", "train", runs=1, run_jobs=100),
         load_workload("cloud", "train", runs=1, run_jobs=9),
     )
-    assert free_weights(cloud).sum() == len(STARTS["easy-sjf"]) - 2
+    assert free_weights(cloud).sum() == PATIENCE - 2
     assert free_weights(hpc).sum() == 3 * TERM_COUNT - 2
     nobody = replace(hpc, jobs=replace(hpc.jobs, user=np.full(100, -1, np.int32)))
     assert free_weights(nobody).sum() == 3 * TERM_COUNT - 2 - 3
