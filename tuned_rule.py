@@ -121,9 +121,10 @@ def tune(
 
     start = min(STARTS.values(), key=lambda weights: judge(weights, np.arange(EACH)))
     # A job that a rule never starts costs little within a run of a few weeks, and everything in one of years: nobody
-    # waits for much longer than the one who waits longest under EASY-FIFO.
+    # waits for much longer than twice as long as the one who waits longest under EASY-FIFO in the whole workload.
     start = start.copy()
-    start[PATIENCE] = np.median(base[:, 2]) / 3600
+    whole = simulate(workload, "easy-fifo", backfill=backfill, lock_in=lock_in)
+    start[PATIENCE] = 2 * costs(whole, objective)[:, 2].max() / 3600
     free = free_weights(runs)
     search = cma.CMAEvolutionStrategy(np.zeros(free.sum()), 0.3, {"seed": seed, "verbose": -9, "popsize": 14})
 
