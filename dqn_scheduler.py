@@ -82,7 +82,7 @@ class Args:
     """what to minimise"""
     reference: str = "tuned"
     """the rule that the policy starts from and rewards are relative to; tuned: fitted to the training jobs first"""
-    tune_generations: int = 80
+    tune_generations: int = 50
     """how long to fit it"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""

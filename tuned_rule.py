@@ -47,7 +47,7 @@ class Args:
     """what to minimise"""
     seed: int = 1
     """seed of the fit"""
-    generations: int = 100
+    generations: int = 50
     """of CMA-ES, 14 candidates each"""
 
 
@@ -100,7 +100,7 @@ def tune(
     workload: Workload,
     objective: str,
     seed: int,
-    generations: int = 100,
+    generations: int = 50,
     *,
     backfill: str = "easy",
     lock_in: bool = False,

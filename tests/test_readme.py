@@ -43,6 +43,7 @@ COMMANDS = {
     "time python -c": "",
     "python ppo_scheduler.py": f"{TINY} --num-minibatches 2",
     "python dqn_scheduler.py": TINY,
+    "python tuned_rule.py": "--generations 1",
     "python fifo_baseline.py": "",
     "python benchmark.py compare": "--runs 1 --max-jobs 300",
     "python benchmark.py rlscheduler": "",
