@@ -3,7 +3,7 @@
     python tuned_rule.py --workload my_cluster.swf.gz --objective wait
 
 Prints how it does on the validation split beside the classical rules, and its name, whose numbers are its weights: any
-program here takes that name for a rule. It is what the agents start from (`--reference tuned`), and a baseline for
+program here takes that name for a rule. It is what the agents start from with `--reference tuned`, and a baseline for
 them: what a rule can do that knows the workload. CMA-ES: Hansen 2016 (https://arxiv.org/abs/1604.00772).
 """
 
