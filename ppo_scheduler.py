@@ -53,7 +53,7 @@ from scheduler_env import (
     simulate,
 )
 from tuned_rule import METRIC, costs, tune
-from workloads import at_loads, load_workload, replacing, resampled, write_json
+from workloads import at_loads, load_workload, replacing, write_json
 
 
 @dataclass
@@ -437,7 +437,7 @@ class Trainer:
             )  # fmt: skip
         self.rules[args.reference] = self.judge_rule(args.reference)
         self.envs = SchedulerVectorEnv(
-            args.num_envs, resampled(workload, args.seed), num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
+            args.num_envs, workload, num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
             followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
         )  # fmt: skip
         self.layout = self.envs.layout
