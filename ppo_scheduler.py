@@ -420,8 +420,9 @@ class Trainer:
         begin, end = self.validation.segments.T
         end = np.minimum(end, begin + args.validation_jobs // len(begin))
         self.segments = np.stack([begin, end], 1)
-        self.rules = {name: self.judge_rule(name) for name in RULES}
-        self.best_rule = min(filter(self.acceptable, RULES), key=lambda name: self.rules[name].cost)
+        known = [name for name in RULES if name != "tetris" or not args.lock_in]  # lock_in needs an order of jobs
+        self.rules = {name: self.judge_rule(name) for name in known}
+        self.best_rule = min(filter(self.acceptable, known), key=lambda name: self.rules[name].cost)
         [self.replay] = simulate(self.validation, self.best_rule, self.segments[:1])
         submitted, started = self.replay.jobs.submit_time, np.sort(self.replay.start_time)
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
@@ -429,7 +430,7 @@ class Trainer:
         if args.reference == "auto":
             # Means alone favour rules that starve some jobs, which shows later, in a busier time; root mean squares do
             # not.
-            args.reference = min((r for r in RULES if "history" not in r), key=lambda r: self.rules[r].rms)
+            args.reference = min((r for r in known if "history" not in r), key=lambda r: self.rules[r].rms)
         if args.reference == "tuned":
             args.reference = tune(
                 workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,

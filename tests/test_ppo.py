@@ -185,6 +185,13 @@ def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_a_run_with_lock_in_trains(tmp_path: Path) -> None:
+    result = script(tmp_path, *SMALL, "--lock-in", "--total-timesteps", "512", "--num-evaluations", "1")
+    assert result.returncode == 0, result.stderr
+    assert load_policy(str(run_folder(tmp_path) / "policy.onnx")).metadata.lock_in
+    assert len(scalars(run_folder(tmp_path), "losses/policy_loss")) == 2
+
+
 def test_kill_leaves_a_whole_checkpoint(finished: Path, tmp_path: Path) -> None:
     """kill -9 at many instants of a loop that does nothing but write checkpoints."""
     code = (
