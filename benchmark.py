@@ -122,6 +122,9 @@ class RLScheduler:
     """the folder with the traces"""
     reference: Path
     """rlscheduler.json: the published figures, and which jobs they are of"""
+    policies: tuple[str, ...] = ()
+    """trained policies (policy.onnx or a run's folder) to replay as well: one that was trained with --lock-in beside the
+    published RL, with its own --backfill; another, or a rule, beside the best rule without lock-in"""
     output: Path | None = None
     """where to write the rows as JSON"""
 
@@ -932,30 +935,63 @@ def rlscheduler_utilization(schedule: Schedule) -> float:
 
 
 def rlscheduler(args: RLScheduler) -> tuple[dict[str, Any], Table]:
-    """What we get for every published number of a rule; RL is its trained network, which we do not have."""
-    reference = read_reference(args.reference)
-    published = reference["published"]
-    rows: dict[str, list[dict[str, Any]]] = {"bsld": [], "utilization": []}
+    """What we get for every published number of a rule, and what our policies get beside RLScheduler's trained network,
+    which we do not have.
+
+    Raises:
+        ValueError, WorkloadError, PolicyError: a file cannot be read, or is not what it should be.
+    """
+    reference, policies = read_reference(args.reference), [load_policy(name) for name in args.policies]
+    rows = []
     for name in replaying(reference["traces"], len(reference["traces"])):
         workload = rlscheduler_workload(args.traces, name, reference["traces"][name])
         for backfill in (False, True):
-            for column, rule in enumerate(published["order"]):
-                schedules = None if rule == "RL" else rlscheduler_schedules(workload, rule, backfill)
-                for metric, of in (
-                    ("bsld", lambda s: s.bounded_slowdown.mean()),
-                    ("utilization", rlscheduler_utilization),
-                ):
-                    theirs = published[metric]["backfill_on" if backfill else "backfill_off"][name][column]
-                    ours = None if schedules is None else float(np.mean([of(schedule) for schedule in schedules]))
-                    row = {"trace": name, "backfill": backfill, "rule": rule, "published": theirs, "ours": ours}
-                    rows[metric].append(row)
-    return {"rows": rows["bsld"], "utilization": rows["utilization"]}, published_table(rows)
+            for rule in reference["published"]["order"]:
+                schedules = [] if rule == "RL" else rlscheduler_schedules(workload, rule, backfill)
+                rows.append(published_row(reference, name, backfill, rule) | measured(schedules, lock_in=True))
+        for policy in policies:
+            rows.append(rival(reference, name, policy) | measured(policy.schedule(workload), locks_in(policy)))
+    return {"rows": rows}, published_table(rows)
+
+
+def locks_in(policy: Policy) -> bool:
+    return isinstance(policy, OnnxPolicy) and policy.metadata.lock_in
+
+
+def measured(schedules: list[Schedule], lock_in: bool) -> dict[str, float | None]:
+    """Our means over the ten sequences; None where there are no schedules."""
+    if not schedules:
+        return {"our_bsld": None, "our_utilization": None}
+    utilization = rlscheduler_utilization if lock_in else lambda schedule: schedule.utilization
+    return {
+        "our_bsld": float(np.mean([schedule.bounded_slowdown.mean() for schedule in schedules])),
+        "our_utilization": float(np.mean([utilization(schedule) for schedule in schedules])),
+    }
+
+
+def published_row(reference: dict[str, Any], trace: str, backfill: bool, rule: str) -> dict[str, Any]:
+    published, mode = reference["published"], "backfill_on" if backfill else "backfill_off"
+    column = published["order"].index(rule)
+    figures = {metric: published[metric][mode][trace][column] for metric in ("bsld", "utilization")}
+    return {"trace": trace, "lock_in": True, "backfill": backfill, "rule": rule, "policy": None} | figures
+
+
+def rival(reference: dict[str, Any], trace: str, policy: Policy) -> dict[str, Any]:
+    """The figures that a policy is put beside: the published RL, or the best rule where nothing is locked in."""
+    if locks_in(policy):
+        row = published_row(reference, trace, policy.metadata.backfill == "easy", "RL")
+    else:
+        rules = reference["rules_without_lock_in"]["results"][trace]
+        best = min(rules, key=lambda rule: rules[rule]["bsld"])
+        figures = {"bsld": rules[best]["bsld"], "utilization": rules[best]["util"]}
+        row = {"trace": trace, "lock_in": False, "backfill": True, "rule": best} | figures
+    return row | {"policy": policy.name}
 
 
 def read_reference(path: Path) -> dict[str, Any]:
     try:
         reference = json.loads(path.read_text())
-        reference["published"]["order"], reference["traces"]
+        reference["published"]["order"], reference["traces"], reference["rules_without_lock_in"]["results"]
         return reference
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give the path of rlscheduler.json") from None
@@ -963,8 +999,8 @@ def read_reference(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not the published figures; give the path of rlscheduler.json") from None
 
 
-def published_table(rows: dict[str, list[dict[str, Any]]]) -> Table:
-    """Bounded slowdown and utilization side by side, as many decimals as are published.
+def published_table(rows: list[dict[str, Any]]) -> Table:
+    """Bounded slowdown and utilization beside the published, to as many decimals.
 
     One differs: the utilization of sjf with backfilling on SDSC-SP2, 0.66046 in RLScheduler's own code as well, is
     published as 0.661, which is what rounding it twice gives.
@@ -973,12 +1009,17 @@ def published_table(rows: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table(title=title, caption=caption)
     for heading in ("trace", "backfill", "rule", "slowdown", "ours", "", "utilization", "ours", ""):
         table.add_column(heading, justify="left" if heading in ("trace", "backfill", "rule") else "right", no_wrap=True)
-    for slowdown, utilization in zip(rows["bsld"], rows["utilization"], strict=True):
-        cells = [slowdown["trace"], "yes" if slowdown["backfill"] else "no", slowdown["rule"]]
-        for row, digits in ((slowdown, 2), (utilization, 3)):
-            ours = None if row["ours"] is None else round(row["ours"], digits)
-            cells += [f"{row['published']:,.{digits}f}", "-" if ours is None else f"{ours:,.{digits}f}"]
-            cells.append("=" if ours == row["published"] else "")
+    for row in rows:
+        mode = "yes" if row["backfill"] else "no"
+        rule = row["rule"] if row["policy"] is None else f"{row['rule']}; ours: {row['policy']}"
+        cells = [row["trace"], mode if row["lock_in"] else "no lock-in", rule]
+        for metric, digits in (("bsld", 2), ("utilization", 3)):
+            theirs, ours = row[metric], row[f"our_{metric}"]
+            cells += [f"{theirs:,.{digits}f}", "-" if ours is None else f"{ours:,.{digits}f}"]
+            if row["policy"] is None:
+                cells.append("=" if ours is not None and round(ours, digits) == theirs else "")
+            else:
+                cells.append(f"{ours / theirs - 1:+.1%}")
         table.add_row(*cells)
     return table
 

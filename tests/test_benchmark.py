@@ -272,11 +272,30 @@ def test_all_published_slowdowns_of_rules(run: Callable[..., dict], capsys: pyte
     results = run("rlscheduler", "--traces", SHARED / "traces", "--reference", REFERENCE)
     assert len(results["rows"]) == 4 * 2 * 6
     for row in results["rows"]:
-        assert set(row) == {"trace", "backfill", "rule", "published", "ours"}
-        assert row["ours"] is None if row["rule"] == "RL" else round(row["ours"], 2) == row["published"], row
+        assert row["policy"] is None and row["lock_in"]
+        assert row["our_bsld"] is None if row["rule"] == "RL" else round(row["our_bsld"], 2) == row["bsld"], row
     # Of the 40 utilizations one is published as rounded twice.
-    wrong = [r for r in results["utilization"] if r["rule"] != "RL" and round(r["ours"], 3) != r["published"]]
-    assert [(r["trace"], r["backfill"], r["rule"], round(r["ours"], 4)) for r in wrong] == [
+    rules = [row for row in results["rows"] if row["rule"] != "RL"]
+    wrong = [row for row in rules if round(row["our_utilization"], 3) != row["utilization"]]
+    assert [(r["trace"], r["backfill"], r["rule"], round(r["our_utilization"], 4)) for r in wrong] == [
         ("SDSC-SP2", True, "sjf", 0.6605)
     ]
     assert len(re.findall(r"7,273\.77", capsys.readouterr().out)) == 2
+
+
+@needs_reference
+def test_policies_are_put_beside_what_is_published_for_their_semantics(
+    run: Callable[..., dict], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A file that stands for F1 with lock-in is F1, and EASY-SAF without it is the best rule on HPC2N."""
+    path = write_policy(tmp_path / "lock" / "policy.onnx", rule="f1", lock_in=True, backfill="none", resources=1)
+    common = ("rlscheduler", "--traces", SHARED / "traces", "--reference", REFERENCE)
+    rows = run(*common, "--policies", path, "easy-saf")["rows"]
+    ours = {(r["trace"], r["lock_in"]): r for r in rows if r["policy"]}
+    assert len(ours) == 8
+    lublin, hpc2n = ours["lublin_256", True], ours["HPC2N", False]
+    assert (lublin["rule"], lublin["bsld"], round(lublin["our_bsld"], 2)) == ("RL", 254.67, 258.37)
+    assert (hpc2n["rule"], hpc2n["policy"]) == ("EASY-SAF+SAFbf", "easy-saf")
+    assert hpc2n["our_bsld"] == pytest.approx(hpc2n["bsld"], rel=1e-9)
+    assert hpc2n["our_utilization"] == pytest.approx(hpc2n["utilization"], rel=1e-9)
+    assert "+1.5%" in capsys.readouterr().out
