@@ -123,8 +123,8 @@ class RLScheduler:
     reference: Path
     """rlscheduler.json: the published figures, and which jobs they are of"""
     policies: tuple[str, ...] = ()
-    """trained policies (policy.onnx or a run's folder) to replay as well: one that was trained with --lock-in beside the
-    published RL, with its own --backfill; another, or a rule, beside the best rule without lock-in"""
+    """trained policies (policy.onnx or a run's folder) to replay as well: one that was trained with --lock-in beside
+    the published RL, with its own --backfill; another, or a rule, beside the best rule without lock-in"""
     output: Path | None = None
     """where to write the rows as JSON"""
 

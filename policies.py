@@ -242,7 +242,9 @@ class OnnxPolicy(Policy):
             return _decision(moment, moment.follow_rule(), moment.rule_order())
         layout = Layout(meta.queue_window if window is None else window, *state.cluster.capacity.shape)
         visible, choices = moment.visible(layout.window), []
-        ranked, others = visible[:0], _without(moment.rule_order(), visible)
+        ranked, others = visible[:0], visible[:0]
+        if len(visible) < len(state.queued):
+            others = _without(moment.rule_order(), visible)
         observation, more = moment.observe(layout)
         while more or len(ranked) < len(visible):
             parts = layout.split(observation[None])

@@ -686,6 +686,11 @@ def rule_decision(sim, p):
     s = sim.s[0]
     if s.queued == 0:
         return -1, -1
+    if p.lock_in and p.mode == GREEDY:  # something that fits holds nobody up
+        s.scan = 0
+        i, m = first_allowed(sim, p)
+        if i >= 0:
+            return i, m
     if s.reserved < 0 and (p.mode != GREEDY or p.lock_in):
         head = head_job(sim, p)
         m = choose_node(sim, p, head)
@@ -793,10 +798,9 @@ def run_rule(sim, p, until):
     s = sim.s[0]
     while s.arrived <= until:
         if p.lock_in:
-            if s.queued > 0:
-                i = head_job(sim, p)
-                m = choose_node(sim, p, i)
-                lock_in_start(sim, p, i, m if m >= 0 else choose_reservation(sim, p, i))
+            i, m = rule_decision(sim, p)
+            if i >= 0:
+                lock_in_start(sim, p, i, m)
                 s.decisions += 1
             elif not lock_in_event(sim, p):
                 return
@@ -866,9 +870,9 @@ def look(sim, p, window):
             sim.seen[j], sim.rank[j] = sim.seen[j - 1], sim.rank[j - 1]
             j -= 1
         sim.seen[j], sim.rank[j] = i, value
-    if s.queued > window and not p.lock_in:
+    if s.queued > window:
         i, m = rule_decision(sim, p)
-        if i >= 0 and not fits(sim, p, i, m):
+        if i >= 0 and not p.lock_in and not fits(sim, p, i, m):
             i, m = first_allowed(sim, p)
         for k in range(window):
             if sim.seen[k] == i:
@@ -1221,7 +1225,11 @@ def possible_somewhere(p, i):
 @entry
 def restore(problem, simulation, now, finished, running):
     """Put the simulation where it would be had it lived through it: the first `finished` jobs have ended, in order, the
-    next `running` run as the plan says, and the rest waits, but for those that are too large for every node."""
+    next `running` run as the plan says, and the rest waits, but for those that are too large for every node.
+
+    sim.free is at most what the running jobs leave. Of the capacity there stays what is free or due to be: the rest is
+    of no use now, nor for a reservation.
+    """
     p, sim = by_reference(problem), by_reference(simulation)
     s = sim.s[0]
     s.now, s.full, s.reserved, s.reserved_node, s.rule_job, s.rule_node = now, 1, -1, -1, -1, -1
@@ -1231,6 +1239,12 @@ def restore(problem, simulation, now, finished, running):
     for i in range(finished, finished + running):
         due = sim.plan[i].start + p.jobs[i].requested / p.speed[sim.plan[i].node]
         add_running(sim, i, due, due)
+        for r in range(p.demand.shape[1]):
+            sim.room[sim.plan[i].node, r] += p.demand[i, r]
+    for m in range(p.capacity.shape[0]):
+        for r in range(p.capacity.shape[1]):
+            sim.free[m, r] = max(0.0, min(sim.free[m, r], p.capacity[m, r] - sim.room[m, r]))
+            p.capacity[m, r] = min(p.capacity[m, r], sim.free[m, r] + sim.room[m, r])
     for i in range(finished + running, s.stop):
         if possible_somewhere(p, i):
             enqueue(sim, p, i)
@@ -1393,11 +1407,6 @@ def _recorded(jobs: Jobs) -> np.ndarray:
     return estimates
 
 
-def _grid(cluster: Cluster) -> np.ndarray:
-    """float64[R], fine enough for anyone: sums of multiples of it are exact whatever the order of the events."""
-    return 2.0 ** (np.ceil(np.log2(cluster.capacity.max(0))) - 40)
-
-
 def _problem(
     jobs: Jobs,
     cluster: Cluster,
@@ -1451,9 +1460,8 @@ class _Simulator:
     ) -> None:
         jobs, cluster = workload.jobs, workload.cluster
         _check(jobs, cluster)
-        grid = _grid(cluster)
-        jobs = replace(jobs, demand=np.round(jobs.demand / grid) * grid)
-        cluster = Cluster(np.round(cluster.capacity / grid) * grid, np.asarray(cluster.speed, float), cluster.resources)
+        jobs = replace(jobs, demand=np.rint(jobs.demand / cluster.grid) * cluster.grid)
+        cluster = replace(cluster.on_grid, speed=np.asarray(cluster.speed, float))
         self.jobs, self.cluster, self.length = jobs, cluster, length
         if lock_in and rule.head == TETRIS:
             raise ValueError("tetris has no order of jobs, which lock_in needs; use another rule")
@@ -1636,35 +1644,41 @@ class Moment:
     """
 
     def __init__(self, state: ClusterState, rule: Rule, backfill: str = "easy") -> None:
-        cluster, finished = state.cluster, state.finished if state.finished is not None else state.queued[:0]
-        ordered = [np.argsort(part.submit_time, kind="stable") for part in (state.running, state.queued)]
-        self.numbers, self._first = ordered[1], len(finished) + len(ordered[0])
-        order = np.concatenate([np.arange(len(finished)), len(finished) + ordered[0], self._first + ordered[1]])
-        jobs = Jobs.concatenate([finished, state.running, state.queued])[order]
-        grid = _grid(cluster)
-        jobs = replace(jobs, demand=np.round(jobs.demand / grid) * grid)
-        groups = _groups(jobs) if len(finished) else np.full((len(jobs), 3), -1, np.int32)
+        cluster, grid = state.cluster.on_grid, state.cluster.grid
+        parts = (
+            [state.running, state.queued] if state.finished is None else [state.finished, state.running, state.queued]
+        )
+        finished = 0 if state.finished is None else len(state.finished)
+        ordered = [np.argsort(part.submit_time, kind="stable") for part in parts[-2:]]
+        self.numbers, self._first = ordered[1], finished + len(ordered[0])
+        order = np.concatenate([np.arange(finished), finished + ordered[0], self._first + ordered[1]])
+
+        def joined(field: str) -> np.ndarray:
+            return np.concatenate([getattr(part, field) for part in parts])[order]
+
+        requested, unknown = joined("requested_time"), order  # what no rule or agent looks at: any numbers
+        run_time = joined("run_time") if finished else requested
+        user, executable = (joined("user"), joined("executable")) if finished else (unknown, unknown)
+        demand = np.rint(joined("demand") / grid) * grid
+        jobs = Jobs(
+            joined("submit_time"), run_time, requested, demand, user, unknown, executable, unknown, unknown, unknown
+        )
+        groups = _groups(jobs) if finished else np.full((len(jobs), 3), -1, np.int32)
         count, (nodes, resources) = len(jobs), cluster.capacity.shape
         plan = np.zeros(count, START)
         plan["start"] = np.inf
-        running = slice(len(finished), self._first)
+        running = slice(finished, self._first)
         plan["start"][running], plan["node"][running] = state.start_time[ordered[0]], state.node[ordered[0]]
-        capacity = np.round(cluster.capacity / grid) * grid
-        used = np.zeros((nodes, resources))
-        np.add.at(used, plan["node"][running], jobs.demand[running])
-        free = np.maximum(capacity - used if state.free is None else np.round(state.free / grid) * grid, 0.0)
-        if (capacity != cluster.capacity).any():
-            cluster = replace(cluster, capacity=capacity)
+        free = np.full_like(cluster.capacity, np.inf) if state.free is None else np.rint(state.free / grid) * grid
         problem = _problem(jobs, cluster, groups, rule, backfill=backfill)
-        # What is neither free nor due to be is of no use now, nor for a reservation.
-        self.problem = problem._replace(capacity=np.minimum(capacity, free + used))
+        self.problem = problem._replace(capacity=cluster.capacity.copy())
         self.sim = Sim(
             np.zeros(1, SCALARS), *np.zeros((3, count), np.int64), *np.zeros((2, count)), np.zeros(count, TIMED),
             np.zeros(count, TIMED), free, np.zeros(resources), np.zeros(resources), np.zeros((nodes, resources)),
             np.zeros((int(groups.max(initial=-1)) + 1, 4)), plan,
         )  # fmt: skip
         with _compiling():
-            restore(self.problem, self.sim, float(state.now), len(finished), len(state.running))
+            restore(self.problem, self.sim, float(state.now), finished, len(state.running))
 
     @property
     def reserved(self) -> tuple[int, int, float] | None:

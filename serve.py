@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -42,7 +42,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from msgspec import Meta, Struct
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from policies import ClusterState, Decision, OnnxPolicy, Policy, PolicyError, RulePolicy, load_policy
@@ -637,6 +636,10 @@ STATES, OBSERVATIONS = msgspec.json.Decoder(State), msgspec.json.Decoder(Observe
 
 
 # ----------------------------------------------------------------------------------------------------- over HTTP
+Endpoint = Callable[[Request], Awaitable[Response]]
+Refuse = Callable[[Request, Refused], Awaitable[Response]]
+
+
 class BearerToken:
     """ASGI middleware: only requests that carry the token get through."""
 
@@ -651,6 +654,24 @@ class BearerToken:
                 refusal.headers["WWW-Authenticate"] = "Bearer"
                 return await refusal(scope, receive, send)
         return await self.app(scope, receive, send)
+
+
+class ShortCut:
+    """ASGI middleware: POST to one path goes straight to its endpoint. All layers of the framework together take a
+    tenth of the time of a decision."""
+
+    def __init__(self, app: ASGIApp, path: str, endpoint: Endpoint, refuse: Refuse) -> None:
+        self.app, self.path, self.endpoint, self.refuse = app, path, endpoint, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != self.path or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        request = Request(scope, receive)
+        try:
+            response = await self.endpoint(request)
+        except Refused as refused:
+            response = await self.refuse(request, refused)
+        return await response(scope, receive, send)
 
 
 def _json(content: Any, status: int = 200) -> Response:
@@ -715,8 +736,7 @@ def create_app(service: Service, token: bytes | None = None) -> FastAPI:
         metrics.invalid.labels(refused.status).inc()
         return _json(refused.refusal, refused.status)
 
-    # FastAPI's way to a function without parameters costs a tenth of a decision: Starlette's own comes first.
-    app.router.routes.insert(0, Route("/v1/decisions", decisions, methods=["POST"]))
+    app.add_middleware(ShortCut, path="/v1/decisions", endpoint=decisions, refuse=refuse)
     app.openapi = lambda: _openapi(app, token is not None)
     if token is not None:
         app.add_middleware(BearerToken, token=token)

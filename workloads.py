@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
@@ -84,6 +84,17 @@ class Cluster:
             raise WorkloadError("cluster: a capacity is negative or not a number; use 0 for what a node lacks")
         if not self.capacity.any(axis=0).all() or not self.capacity.any(axis=1).all():
             raise WorkloadError("cluster: a node or a resource has no capacity at all; leave it out")
+
+    @cached_property
+    def grid(self) -> np.ndarray:
+        """float64[R], fine enough for anyone: sums of multiples of it are exact whatever the order of the events."""
+        return 2.0 ** (np.ceil(np.log2(self.capacity.max(0))) - 40)
+
+    @cached_property
+    def on_grid(self) -> "Cluster":
+        """The cluster with its capacity in multiples of its grid."""
+        capacity = np.rint(self.capacity / self.grid) * self.grid
+        return self if (capacity == self.capacity).all() else replace(self, capacity=capacity)
 
 
 @dataclass(frozen=True)
