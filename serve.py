@@ -15,6 +15,8 @@ import ipaddress
 import json
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -29,6 +31,7 @@ from functools import lru_cache
 from itertools import chain
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NoReturn
 
 import msgspec
@@ -42,6 +45,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from msgspec import Meta, Struct
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from policies import ClusterState, Decision, OnnxPolicy, Policy, PolicyError, RulePolicy, load_policy
@@ -67,6 +71,8 @@ class Args:
     """path of a unix socket to listen on instead, open to its user and group"""
     token_file: Path | None = None
     """file that holds the bearer token which requests have to carry"""
+    workers: int = 1
+    """so many processes share the work"""
     deadline_ms: float = 100.0
     """if the model takes longer, the answer comes from its reference rule"""
     record: Path | None = None
@@ -443,16 +449,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        named = {"namespace": "resourcerl", "registry": self.registry}
+        shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # by several workers, through files in that folder
+        if shared:
+            MultiProcessCollector(self.registry)
+        named = {"namespace": "resourcerl", "registry": None if shared else self.registry}
         buckets = [0.0002 * 2**k for k in range(14)]
         self.decisions = Counter("decisions", "Decisions, by what decided", ["decided_by"], **named)
         self.seconds = Histogram("decision_seconds", "From body to answer", buckets=buckets, **named)
-        self.queued = Gauge("queued_jobs", "Queued jobs in the last state", **named)
+        self.queued = Gauge("queued_jobs", "Queued jobs in the last state", multiprocess_mode="mostrecent", **named)
         self.invalid = Counter("invalid_requests", "Requests refused", ["status"], **named)
         self.fallbacks = Counter("fallbacks", "Answers of the rule in place of the model", ["reason"], **named)
         self.reloads = Counter("reloads", "New files of the policy", ["result"], **named)
         self.unrecorded = Counter("unrecorded", "Decisions that could not be recorded", **named)
-        self.policy = Info("policy", "What decides", **named)
+        self.policy = Info("policy", "What decides", namespace="resourcerl", registry=self.registry)
         ProcessCollector(registry=self.registry)
 
 
@@ -550,6 +559,8 @@ class Service:
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.reload_wanted.wait(), RELOAD_SECONDS)
+            if (supervisor := multiprocessing.parent_process()) and not supervisor.is_alive():
+                signal.raise_signal(signal.SIGTERM)  # it was killed, and nobody would ever stop its workers
             seen, wanted = self._look(), self.reload_wanted.is_set()
             self.reload_wanted.clear()
             if wanted or seen != self.seen:
@@ -835,21 +846,65 @@ async def serve(service: Service, app: FastAPI, listener: socket.socket) -> None
     watching.cancel()
 
 
-def main(args: Args) -> None:
+def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def work(args: Args, token: bytes | None, listener: socket.socket, service: Service | None = None) -> None:
+    """Decide until SIGTERM or Ctrl-C."""
+    log_to_stderr()
+    service = service or Service(args)
+    gc.collect()
+    gc.freeze()  # or the collector goes through all that was imported, for tens of milliseconds, in some request
+    with suppress(KeyboardInterrupt):
+        uvloop.run(serve(service, create_app(service, token), listener))
+
+
+def supervise(args: Args, token: bytes | None, listener: socket.socket) -> None:
+    """Keep so many workers alive, and pass signals on to them, until SIGTERM or Ctrl-C."""
+    spawn, workers, stopping = multiprocessing.get_context("spawn"), [], threading.Event()
+
+    def pass_on(number: int, _: object) -> None:
+        if number != signal.SIGHUP:
+            stopping.set()
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    with TemporaryDirectory(prefix="resourcerl-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        while not stopping.is_set():
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                log.error("worker %d has ended (%s); another one starts", worker.pid, worker.exitcode)
+                workers.remove(worker)
+            while len(workers) < args.workers and not stopping.is_set():
+                workers.append(spawn.Process(target=work, args=(args, token, listener)))
+                workers[-1].start()
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=RELOAD_SECONDS)
+            stopping.wait(RELOAD_SECONDS)  # also where workers cannot live
+        for worker in workers:
+            worker.join()
+
+
+def main(args: Args) -> None:
+    log_to_stderr()
     try:
+        if args.workers < 1 or (args.workers > 1 and args.record):
+            raise ValueError(f"--workers {args.workers}: give at least 1, and with --record no more: it is one file")
         token = read_token(args)
         service = Service(args)
         listener = listen(args)
     except (ValueError, OSError) as error:
         fail(error)
     where = args.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
-    gc.collect()
-    gc.freeze()  # or the collector goes through all that was imported, for tens of milliseconds, in some request
     log.info("policy %s, version %s, at %s", service.model.policy.name, service.model.version, where)
-    with suppress(KeyboardInterrupt):
-        uvloop.run(serve(service, create_app(service, token), listener))
+    if args.workers == 1:
+        work(args, token, listener, service)
+    else:
+        supervise(args, token, listener)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -21,6 +21,7 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import onnx
+import psutil
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
@@ -492,6 +493,30 @@ def test_kill_during_a_reload(tmp_path: Path) -> None:
         read_decisions(record)
 
 
+def test_workers_share_the_work_are_replaced_and_end_with_their_supervisor(tmp_path: Path) -> None:
+    path = write_policy(tmp_path / "policy.onnx")
+    with running("--policy", path, "--workers", 2) as session:
+        supervisor = psutil.Process(session.process.pid)
+
+        def workers() -> list[psutil.Process]:
+            return [child for child in supervisor.children() if "spawn_main" in " ".join(child.cmdline())]
+
+        wait_until(lambda: len(workers()) == 2)
+        threads = [threading.Thread(target=lambda: [httpx.post(f"{session.base_url}/v1/decisions", json=STATE)
+                                                    for _ in range(20)]) for _ in range(4)]  # fmt: skip
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert metric(session, "resourcerl_decisions_total") == 80  # of both workers, whoever answers
+        first, [killed, other] = version(session), workers()
+        killed.kill()
+        wait_until(lambda: len(workers()) == 2 and killed not in workers())
+        write_policy(path, seed=2)
+        wait_until(lambda: is_ready(session) and version(session) != first)
+        session.process.kill()
+        psutil.wait_procs([other, *workers()], timeout=20)
+        assert not other.is_running()
+
+
 @pytest.mark.parametrize("told, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
 def test_it_ends_when_told_to(told: int, code: int) -> None:
     with running("--policy", "easy-sjf") as session:
@@ -561,6 +586,7 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path) -> None:
             (("--policy", "fifo", "--host", "example.org"), ("example.org", "--token-file")),
             (("--policy", "fifo", "--token-file", tmp_path / "empty"), ("empty", "no token")),
             (("--policy", "fifo", "--token-file", tmp_path / "nowhere"), ("nowhere",)),
+            (("--policy", "fifo", "--workers", 2, "--record", tmp_path / "record"), ("--workers 2", "--record")),
             (("--policy", "fifo", "--record", tmp_path / "no" / "record"), ("record",)),
             (("--policy", "fifo", "--port", taken.getsockname()[1]), ("in use",)),
         ):
