@@ -42,7 +42,7 @@ docs: setup
 speed: setup-dev
 	$(BIN)/python benchmark.py speed --output docs/speed.json
 
-# The same jobs on a real Slurm on this machine, in Slurm's order and in a policy's (root, Debian; about 11 minutes).
+# The same jobs on a real Slurm on this machine, in Slurm's order and in a policy's (root, Debian; about 10 minutes).
 slurm-demo: setup slurm-packages
 	$(BIN)/python tests/slurm/demo.py $(DEMO)
 

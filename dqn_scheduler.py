@@ -54,7 +54,7 @@ from scheduler_env import (
     simulate,
 )
 from tuned_rule import METRIC, costs, tune
-from workloads import at_loads, load_workload, replacing, write_json
+from workloads import Workload, at_loads, load_workload, replacing, write_json
 
 
 @dataclass
@@ -81,10 +81,13 @@ class Args:
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
     reference: str = "auto"
-    """the rule to start from, which rewards are relative to; auto: the one with the lowest root mean square on
-    validation; tuned: one that is fitted to the training jobs first"""
+    """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
+    on training and validation; tuned: one that is fitted to the training jobs first"""
     tune_generations: int = 50
     """how long to fit a tuned one"""
+    patience: float = 2.0
+    """a job that waits for longer than so many times the longest wait under EASY-FIFO on the training split goes first;
+    0: no such thing"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""
     num_jobs: int = 512
@@ -352,6 +355,12 @@ def judge(schedules: list[Schedule], objective: str) -> Judgement:
     return Judgement(*costs(schedules, objective).mean(0).tolist(), rms)
 
 
+def first_jobs(segments: np.ndarray, most: int) -> np.ndarray:
+    """int[S, 2]: the first jobs of all segments, at most so many together."""
+    begin, end = segments.T
+    return np.stack([begin, np.minimum(end, begin + most // len(begin))], axis=1)
+
+
 def environment(args: Args) -> dict[str, Any]:
     """The arguments that training and validation environments share."""
     names = ("objective", "reference", "queue_window", "backfill", "lock_in")
@@ -410,9 +419,7 @@ class Trainer:
         workload = load_workload(args.workload, "train")
         workload.report_skipped()
         self.validation = at_loads(load_workload(args.workload, "validation"), args.validation_loads)
-        begin, end = self.validation.segments.T
-        end = np.minimum(end, begin + args.validation_jobs // len(begin))
-        self.segments = np.stack([begin, end], 1)
+        self.segments = first_jobs(self.validation.segments, args.validation_jobs)
         known = [name for name in RULES if name != "tetris" or not args.lock_in]  # lock_in needs an order of jobs
         self.rules = {name: self.judge_rule(name) for name in known}
         self.best_rule = min(filter(self.acceptable, known), key=lambda name: self.rules[name].cost)
@@ -421,14 +428,15 @@ class Trainer:
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
         if args.reference == "auto":
-            # Means alone favour rules that starve some jobs, which shows later, in a busier time; root mean squares do
-            # not.
-            args.reference = min((r for r in known if "history" not in r), key=lambda r: self.rules[r].rms)
+            args.reference = self.robust_rule(workload, [name for name in known if "history" not in name])
         if args.reference == "tuned":
             args.reference = tune(
                 workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
                 lock_in=args.lock_in, each=lambda steps: track(steps, "tuning the rule to start from", console=console),
             )  # fmt: skip
+        elif args.patience > 0 and "@" not in args.reference:
+            longest = max(schedule.wait.max() for schedule in simulate(workload, "easy-fifo"))
+            args.reference += f"@{args.patience * longest / 3600:.3g}"
         self.rules[args.reference] = self.judge_rule(args.reference)
         self.envs = SchedulerVectorEnv(
             args.num_envs, workload, num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
@@ -449,6 +457,18 @@ class Trainer:
         args = self.args
         schedules = simulate(self.validation, name, self.segments, backfill=args.backfill, lock_in=args.lock_in)
         return judge(schedules, args.objective)
+
+    def robust_rule(self, training: Workload, names: list[str]) -> str:
+        """The rule that does best in mean and in root mean square, on training and on validation. The mean alone, or
+        the few busy weeks of validation alone, favour rules that starve some jobs: it shows later, in a busier time."""
+        args, segments = self.args, first_jobs(training.segments, self.args.validation_jobs)
+
+        def weakness(name: str) -> float:
+            schedules = simulate(training, name, segments, backfill=args.backfill, lock_in=args.lock_in)
+            found = judge(schedules, args.objective), self.rules[name]
+            return sum(np.log(each.cost) + np.log(each.rms) for each in found)
+
+        return min(names, key=weakness)
 
     def acceptable(self, found: Judgement | str) -> bool:
         """No gain is bought with starvation: the tail of the wait is not much longer than EASY-FIFO's."""

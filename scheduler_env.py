@@ -110,6 +110,7 @@ class Rule(NamedTuple):
     mode: int
     nodes: int = FASTEST
     weights: tuple[float, ...] = ()  # of a tuned rule
+    patience: float = np.inf  # seconds: a job that has waited for longer goes first, the oldest before the others
 
     @property
     def title(self) -> str:
@@ -154,13 +155,17 @@ def parse_rule(name: str) -> Rule:
     """The rule ``[easy-|greedy-]ORDER[+BACKFILL]`` or one of the named ones.
 
     Without a prefix the head blocks the queue; ``greedy-`` starts anything that fits, in order; ``easy-`` reserves the
-    head's shadow time and backfills in BACKFILL order (the same as ORDER unless given).
+    head's shadow time and backfills in BACKFILL order (the same as ORDER unless given). With ``@HOURS`` behind it a job
+    that has waited for longer is the head, the oldest first, and gets a reservation.
 
     Raises:
         ValueError: the name is unknown; the message lists what is known.
     """
     if name in _NAMED_RULES:
         return _NAMED_RULES[name]
+    plain, at, hours = name.partition("@")
+    if at:
+        return _patient(parse_rule(plain), name, hours)
     if name.startswith("tuned:"):
         return Rule(name, TUNED, TUNED, EASY, TUNED_NODE, _weights(name))
     mode, order = BLOCKING, name
@@ -172,6 +177,18 @@ def parse_rule(name: str) -> Rule:
         known = ", ".join([*ORDERS, *_NAMED_RULES])
         raise ValueError(f"unknown rule {name!r}: use [easy-|greedy-]ORDER or easy-ORDER+BACKFILL; known: {known}")
     return Rule(name, ORDERS[head], ORDERS[backfill] if plus else ORDERS[head], mode)
+
+
+def _patient(rule: Rule, name: str, hours: str) -> Rule:
+    try:
+        patience = 3600 * float(hours)
+    except ValueError:
+        patience = -1.0
+    if rule.head == TETRIS or not patience >= 0:
+        raise ValueError(
+            f"unknown rule {name!r}: behind @ goes a number of hours, behind a rule that has an order of jobs"
+        )
+    return rule._replace(name=name, patience=patience)
 
 
 def _weights(name: str) -> tuple[float, ...]:
@@ -204,7 +221,7 @@ def static_score(order: int, jobs: Jobs, size: np.ndarray) -> np.ndarray:
 Problem = namedtuple(
     "Problem",
     "jobs demand features groups capacity speed unit fastest total "
-    "head backfill mode nodes weights sorted_head recorded objective easy lock_in",
+    "head backfill mode nodes weights patience sorted_head recorded objective easy lock_in",
 )
 JOB = np.dtype(
     [(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")]
@@ -535,7 +552,16 @@ def tuned_score(sim, p, terms, i):
 
 
 @kernel
+def overdue(sim, p):
+    """Whether the oldest queued job, if there is one, has waited for longer than the rule's patience."""
+    return sim.s[0].queued > 0 and sim.s[0].now - p.jobs[sim.queue[0]].submit > p.patience
+
+
+@kernel
 def head_score(sim, p, i):
+    wait = sim.s[0].now - p.jobs[i].submit
+    if wait > p.patience:
+        return -1e12 - wait
     if p.head <= STATIC or p.head == TETRIS:  # which has no order of jobs: as submitted
         return p.jobs[i].head_score
     return tuned_score(sim, p, HEAD_TERMS, i) if p.head == TUNED else score(sim, p, p.head, i)
@@ -550,10 +576,10 @@ def backfill_score(sim, p, i):
 
 @kernel
 def head_job(sim, p):
+    if p.head == FIFO or overdue(sim, p):
+        return sim.queue[0]
     if p.sorted_head:
         return sim.order[0]
-    if p.head == FIFO:
-        return sim.queue[0]
     best, best_score = -1, np.inf
     for k in range(sim.s[0].queued):
         i = sim.queue[k]
@@ -686,12 +712,12 @@ def rule_decision(sim, p):
     s = sim.s[0]
     if s.queued == 0:
         return -1, -1
-    if p.lock_in and p.mode == GREEDY:  # something that fits holds nobody up
+    if p.lock_in and p.mode == GREEDY and not overdue(sim, p):  # something that fits holds nobody up
         s.scan = 0
         i, m = first_allowed(sim, p)
         if i >= 0:
             return i, m
-    if s.reserved < 0 and (p.mode != GREEDY or p.lock_in):
+    if s.reserved < 0 and (p.mode != GREEDY or p.lock_in or overdue(sim, p)):
         head = head_job(sim, p)
         m = choose_node(sim, p, head)
         if m < 0 and p.head == TUNED and not p.lock_in and tuned_score(sim, p, RESERVE_TERMS, head) > 0:
@@ -925,12 +951,13 @@ def job_row(sim, p, i, row, legal):
     row[WAITED] = np.log(np.float32(1) + wait) * np.float32(1 / 12)
     row[EXPANSION] = np.log(np.float32(1) + wait / requested) * np.float32(0.2)
     fit = may = False
+    later = s.reserved < 0 and i != sim.queue[0] and overdue(sim, p)
     for m in range(p.speed.shape[0]):
         if fits(sim, p, i, m):
-            fit, legal[m] = True, allowed(sim, p, i, m)
+            fit, legal[m] = True, not later and allowed(sim, p, i, m)
             may |= legal[m]
         else:
-            legal[m] = (s.reserved < 0 or p.lock_in) and possible(p, i, m)
+            legal[m] = (s.reserved < 0 or p.lock_in) and not later and possible(p, i, m)
     row[FITS], row[MAY_START] = fit, may
     row[EARLIEST] = np.log(np.float32(1 + earliest_start(sim, p, i) - s.now)) * np.float32(1 / 12) if not fit else 0
     row[RESERVED], row[RULE_CHOICE] = i == s.reserved, i == s.rule_job
@@ -1063,7 +1090,7 @@ def problem_of(whole, batch, e):
     return Problem(
         whole.jobs[a:b], whole.demand[a:b], whole.features[a:b], batch.groups[e],
         whole.capacity, whole.speed, whole.unit, whole.fastest, whole.total,
-        whole.head, whole.backfill, whole.mode, whole.nodes, whole.weights, whole.sorted_head,
+        whole.head, whole.backfill, whole.mode, whole.nodes, whole.weights, whole.patience, whole.sorted_head,
         whole.recorded, whole.objective, whole.easy, whole.lock_in,
     )  # fmt: skip
 
@@ -1435,7 +1462,8 @@ def _problem(
     return Problem(
         table, np.ascontiguousarray(jobs.demand), features, groups,
         cluster.capacity, cluster.speed, unit, float(cluster.speed.max()), float(cluster.capacity[:, 0].sum()),
-        *rule[1:-1], np.array(rule.weights), rule.head == rule.backfill and rule.head <= STATIC,
+        rule.head, rule.backfill, rule.mode, rule.nodes, np.array(rule.weights), rule.patience,
+        rule.head == rule.backfill and rule.head <= STATIC,
         recorded is not None, OBJECTIVES[objective], backfill == "easy", lock_in,
     )  # fmt: skip
 

@@ -104,7 +104,7 @@ class Reservation:
 class SlowCluster:
     """The semantics of an agent's decisions, for one segment of a workload."""
 
-    def __init__(self, workload: Workload, window: int, backfill: str = "easy") -> None:
+    def __init__(self, workload: Workload, window: int, backfill: str = "easy", patience: float = np.inf) -> None:
         first, last = workload.segments[0]
         self.jobs, self.cluster, self.window, self.backfill = (
             workload.jobs[first:last],
@@ -112,7 +112,7 @@ class SlowCluster:
             window,
             backfill,
         )
-        self.count = len(self.jobs)
+        self.count, self.patience = len(self.jobs), patience
         self.service = self.jobs.run_time[:, None] / self.cluster.speed  # [N, M]
         self.requested = self.jobs.requested_time[:, None] / self.cluster.speed
         self.start = np.full(self.count, np.inf)
@@ -209,9 +209,12 @@ class SlowCluster:
         return False
 
     def mask(self) -> np.ndarray:
-        nodes = len(self.cluster.speed)
+        nodes, queue = len(self.cluster.speed), self.queue
         mask = np.zeros((self.window, nodes), bool)
+        hurry = self.reservation is None and queue and self.now - self.jobs.submit_time[queue[0]] > self.patience
         for k, i in enumerate(self.view):
+            if hurry and i != queue[0]:
+                continue
             for m in range(nodes):
                 ever = within(self.jobs.demand[i], self.cluster.capacity[m])
                 mask[k, m] = self.may_start(i, m) or (not self.fits(i, m) and ever and self.reservation is None)

@@ -90,6 +90,16 @@ def test_random_actions_do_what_slow_python_does(workload, backfill, window, see
     assert (episode.terminated, episode.truncated) == (True, False)
 
 
+@given(workload=workloads(max_jobs=25), seconds=st.sampled_from([0.0, 3.0, 20.0]), seed=SEEDS)
+@settings(max_examples=80)
+def test_who_has_waited_for_too_long_is_the_only_choice_for_the_head(workload, seconds, seed):
+    env = environment(workload, reference=f"easy-sjf@{seconds / 3600!r}")
+    slow = SlowCluster(workload, len(workload.jobs), patience=seconds / 3600 * 3600)
+    slow.settle()
+    episode, _ = follow(env, slow, at_random(seed))
+    assert episode.schedule.start_time.tolist() == slow.start.tolist()
+
+
 @given(workload=workloads(max_jobs=25, estimates="exact"), seed=SEEDS)
 @settings(max_examples=120)
 def test_what_an_agent_backfills_never_delays_its_reservation(workload, seed):
@@ -118,7 +128,7 @@ def test_the_agent_takes_over_a_busy_cluster_and_hands_it_back(workload, seed, b
     assert episode.info["wait"] == pytest.approx(episode.schedule.wait[5:own].mean(), rel=1e-12)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "easy-sjf@0.001", "greedy-wfp3@0.005", "saf@0.001"])
 @given(workload=workloads(), objective=st.sampled_from(list(OBJECTIVES)))
 @settings(max_examples=6)
 def test_following_the_rule_is_the_rule_and_earns_exactly_nothing(rule, workload, objective):

@@ -133,9 +133,14 @@ def test_segments_are_independent(parts, rule):
 
 
 def slow_schedule(
-    workload: Workload, head: Callable[[int], float], backfill: Callable[[int], float], mode: str
+    workload: Workload,
+    head: Callable[[int], float],
+    backfill: Callable[[int], float],
+    mode: str,
+    patience: float = math.inf,
 ) -> list[float]:
-    """Start times of one resource on one node, by the textbook: fixed orders; "block", "greedy" or "easy"."""
+    """Start times of one resource on one node, by the textbook: fixed orders; "block", "greedy" or "easy"; who has
+    waited for longer than `patience` is the head, and has a reservation under "greedy" too."""
     jobs, capacity = workload.jobs, workload.cluster.capacity[0, 0]
     submit, run, requested, need = jobs.submit_time, jobs.run_time, jobs.requested_time, jobs.demand[:, 0]
     start: dict[int, float] = {}
@@ -146,25 +151,26 @@ def slow_schedule(
             return capacity - sum(need[i] for i in start if start[i] + run[i] > now)
 
         queue = [i for i in range(len(jobs)) if submit[i] <= now and i not in start]
-        by_head = sorted(queue, key=lambda i: (head(i), i))
+        overdue = {i for i in queue if now - submit[i] > patience}
+        by_head = sorted(queue, key=lambda i: (i not in overdue, 0 if i in overdue else head(i), i))
         while by_head and need[by_head[0]] <= free() + 1e-9:
             start[by_head.pop(0)] = now
         if by_head and mode != "block":
             reserved = by_head.pop(0)
             shadow, spare = now, free()
             releases = [
-                (max(start[i] + requested[i], now + 1 if start[i] + requested[i] <= now else 0), need[i])
+                (max(start[i] + requested[i], now + 1 if start[i] + requested[i] <= now else 0), i)
                 for i in start
                 if start[i] + run[i] > now
             ]
             for time, released in sorted(releases):
                 if need[reserved] <= spare + 1e-9:
                     break
-                shadow, spare = time, spare + released
+                shadow, spare = time, spare + need[released]
             spare -= need[reserved]
             for i in sorted(by_head, key=lambda i: (backfill(i), i)):
                 harmless = now + requested[i] <= shadow or need[i] <= spare + 1e-9
-                if need[i] <= free() + 1e-9 and (harmless or mode == "greedy"):
+                if need[i] <= free() + 1e-9 and (harmless or (mode == "greedy" and reserved not in overdue)):
                     start[i] = now
                     if now + requested[i] > shadow:
                         spare -= need[i]
@@ -197,6 +203,22 @@ def test_fixed_orders_equal_the_textbook(head, workload):
     ):
         expected = slow_schedule(workload, order[head], order[backfill], mode)
         assert simulate_one(workload, rule).start_time.tolist() == expected, rule
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0, 20.0, 1e9])
+@given(workload=workloads(nodes=1, resources=1, speeds=False, grain=1.0))
+def test_patience_equals_the_textbook(seconds, workload):
+    order = orders(workload)
+    for rule, mode, head, backfill in (
+        ("sjf", "block", "sjf", "sjf"),
+        ("greedy-saf", "greedy", "saf", "saf"),
+        ("easy-ljf", "easy", "ljf", "ljf"),
+        ("easy-f1+sjf", "easy", "f1", "sjf"),
+    ):
+        expected = slow_schedule(workload, order[head], order[backfill], mode, seconds)
+        found = simulate_one(workload, parse_rule(rule)._replace(patience=seconds))
+        assert found.start_time.tolist() == expected, rule
+    assert parse_rule("easy-sjf@2").patience == 7200
 
 
 @given(

@@ -1,6 +1,6 @@
 """The same short jobs on a real Slurm, in Slurm's order and in a policy's, beside what the simulator predicts.
 
-    make slurm-demo                                   # 200 jobs, trains the policy first; about 11 minutes
+    make slurm-demo                                   # 200 jobs, trains the policy first; about 10 minutes
     python tests/slurm/demo.py --num-jobs 60 --policy easy-saf
 
 Root on Debian with slurm-wlm, munge and slurmrestd (`make slurm-packages`). Jobs sleep; a pool of 16 processors on four
