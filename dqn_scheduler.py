@@ -152,6 +152,10 @@ class Args:
     """what the reference's own choice is worth more than others at first (learned from there on)"""
     rule_order: float = 0.0
     """what a job is worth less at first for being one unit behind the reference's first (learned as well)"""
+    margin: float = 0.3
+    """another choice than the reference's own is taken only if it is worth so much more"""
+    huber_delta: float = 10.0
+    """errors count linearly from here on: much less than the largest rewards, and rare losses look cheap"""
     hidden: int = 32
     """width of the network"""
     ema_decay: float = 0.95
@@ -276,13 +280,21 @@ class Replay:
 
 
 @torch.no_grad()
+def preferring(values: Tensor, jobs: Tensor, nodes: Tensor, cluster: Tensor, margin: float) -> Tensor:
+    """Values[B, K*M + 1] with the margin added to the reference's own choice. Among many choices the one that is most
+    overrated looks best; the reference's is left only for one that is worth clearly more."""
+    pairs = jobs[..., RULE_CHOICE, None] * nodes[..., RULE_NODE][:, None]
+    return values + margin * torch.cat([pairs.flatten(1), cluster[:, RULE_WAITS, None]], 1)
+
+
 def collect(
     agent: Agent, envs: SchedulerVectorEnv, replay: Replay, epsilon: Tensor, args: Args
 ) -> list[dict[str, Any]]:
     """One decision in every cluster, into the replay memory. Returns the infos of the episodes that ended."""
     obs = torch.from_numpy(envs.observations).to(replay.obs.device, copy=True)
     parts = envs.split(obs)
-    actions = explore(agent(*parts).argmax(1), parts.mask, epsilon.to(obs.device))
+    greedy = preferring(agent(*parts), *parts[:3], args.margin).argmax(1)
+    actions = explore(greedy, parts.mask, epsilon.to(obs.device))
     _, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
     done = terminated | truncated
     # What comes after a truncation would be bootstrapped from another episode's observation: it counts as an end, which
@@ -323,7 +335,7 @@ def update(
             returns = targets(agent, target, layout.split(replay.obs[rows[:, -1], cluster]), returns, discount)
     values = agent(*layout.split(replay.obs[rows[:, 0], cluster]))
     values = values.gather(1, replay.actions[rows[:, 0], cluster][:, None])[:, 0]
-    loss = nn.functional.smooth_l1_loss(values, returns)
+    loss = nn.functional.huber_loss(values, returns, delta=args.huber_delta) / args.huber_delta
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -377,6 +389,17 @@ class FollowRule(nn.Module):
     def logits(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
         pairs = jobs[..., RULE_CHOICE, None] * nodes[..., RULE_NODE][:, None]
         return torch.where(mask > 0, torch.cat([pairs.flatten(1), cluster[:, RULE_WAITS, None]], 1), NEVER)
+
+
+class Preferring(nn.Module):
+    """An agent that prefers the reference's own choice by that margin: what is exported."""
+
+    def __init__(self, agent: Agent, margin: float) -> None:
+        super().__init__()
+        self.agent, self.margin = agent, margin
+
+    def logits(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
+        return preferring(self.agent.logits(jobs, nodes, cluster, mask), jobs, nodes, cluster, self.margin)
 
 
 class LogitsOnly(nn.Module):
@@ -522,7 +545,7 @@ class Trainer:
         Returns what is logged, and the first replay.
         """
         candidate = self.folder / "candidate.onnx"
-        export_onnx(self.average.module, candidate, self.layout, self.metadata(None))
+        export_onnx(Preferring(self.average.module, self.args.margin), candidate, self.layout, self.metadata(None))
         schedules = load_policy(str(candidate)).schedule(self.validation, self.segments)
         found = judge(schedules, self.args.objective)
         if found.cost < self.best_cost and self.acceptable(found):
