@@ -150,8 +150,6 @@ class Args:
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
     """what the reference's own choice is worth more than others at first (learned from there on)"""
-    rule_order: float = 0.0
-    """what a job is worth less at first for being one unit behind the reference's first (learned as well)"""
     margin: float = 0.3
     """another choice than the reference's own is taken only if it is worth so much more"""
     huber_delta: float = 10.0
@@ -179,7 +177,7 @@ class Agent(nn.Module):
     the score of a pair is a dot product, plus a term for pairs that fit now, plus the bonus of the rule's own choice.
     """
 
-    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5, rule_order: float = 0.0) -> None:
+    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5) -> None:
         super().__init__()
         self.resources = resources
         self.job_in = layer_init(nn.Linear(JOB_WIDTH + resources, hidden))
@@ -190,7 +188,7 @@ class Agent(nn.Module):
         self.query = layer_init(nn.Linear(hidden, hidden + 1), std=0.01)
         self.wait = layer_init(nn.Linear(hidden, 1), std=0.01)
         self.rule_bonus = nn.Parameter(torch.tensor(rule_bonus))
-        self.rule_order = nn.Parameter(torch.tensor(rule_order))
+        self.rule_order = nn.Parameter(torch.zeros(()))
 
     def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
         """jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc], mask[B, K*M + 1] -> values[B, K*M + 1]."""
@@ -466,7 +464,7 @@ class Trainer:
             followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
         )  # fmt: skip
         self.layout = self.envs.layout
-        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus, args.rule_order).to(self.device)
+        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
         self.target = deepcopy(self.agent)
         self.replay = Replay(args.buffer_steps, args.num_envs, self.layout.size, self.device)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)

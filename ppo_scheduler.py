@@ -143,8 +143,6 @@ class Args:
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
     """initial log-odds of the reference's own choice (learned from there on): the policy starts near the rule"""
-    rule_order: float = 0.0
-    """initial log-odds against a job for being one unit behind the reference's first (learned as well)"""
     hidden: int = 32
     """width of the network"""
     ema_decay: float = 0.95
@@ -172,7 +170,7 @@ class Agent(nn.Module):
     the score of a pair is a dot product, plus a term for pairs that fit now, plus the bonus of the rule's own choice.
     """
 
-    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5, rule_order: float = 0.0) -> None:
+    def __init__(self, resources: int, hidden: int = 32, rule_bonus: float = 0.5) -> None:
         super().__init__()
         self.resources = resources
         self.job_in = layer_init(nn.Linear(JOB_WIDTH + resources, hidden))
@@ -186,7 +184,7 @@ class Agent(nn.Module):
             layer_init(nn.Linear(hidden, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, 1), std=1.0)
         )
         self.rule_bonus = nn.Parameter(torch.tensor(rule_bonus))
-        self.rule_order = nn.Parameter(torch.tensor(rule_order))
+        self.rule_order = nn.Parameter(torch.zeros(()))
 
     def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc], mask[B, K*M + 1] -> logits[B, K*M + 1], value[B]."""
@@ -450,7 +448,7 @@ class Trainer:
             followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
         )  # fmt: skip
         self.layout = self.envs.layout
-        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus, args.rule_order).to(self.device)
+        self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
         self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         self.iteration = 0
