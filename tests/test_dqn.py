@@ -181,10 +181,14 @@ def test_bad_input_ends_with_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
 def test_after_a_minute_of_training_the_network_itself_is_a_quarter_below_fifo(algorithm: str, tmp_path: Path) -> None:
-    """The network's own replay of the validation split, not that of a rule that it stands for."""
-    flags = ("--reference", "easy-fifo", "--total-timesteps", "50_000", "--num-envs", "64", "--num-steps", "64")
-    flags += ("--num-evaluations", "4", "--num-jobs", "128", "--warmup-jobs", "64", "--followup-jobs", "64")
-    flags += ("--queue-window", "16", "--validation-jobs", "12_000")
+    """It starts as FIFO without backfilling. The network's own replays of the validation split count, not those of a
+    rule that it stands for."""
+    flags = ("--workload", "hpc", "--objective", "wait", "--reference", "fifo", "--total-timesteps", "80_000")
+    flags += ("--num-envs", "64", "--num-steps", "64", "--num-evaluations", "4", "--validation-jobs", "12_000")
+    flags += ("--num-jobs", "128", "--warmup-jobs", "64", "--followup-jobs", "64", "--queue-window", "16")
+    flags += ("--ema-decay", "0.8")
+    if algorithm == "dqn":
+        flags += ("--margin", "0", "--updates-per-decision", "0.002")
     command = [sys.executable, str(ROOT / f"{algorithm}_scheduler.py"), *flags]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
