@@ -102,7 +102,7 @@ class Args:
     """what may happen while a reservation stands: backfilling or nothing"""
     lock_in: bool = False
     """RLScheduler's semantics: a chosen job holds the queue until it has started"""
-    num_evaluations: int = 20
+    num_evaluations: int = 10
     """how often the policy is replayed on the validation split; the best one is kept"""
     validation_loads: tuple[float, ...] = (0.9, 1.0, 1.1)
     """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
@@ -112,7 +112,7 @@ class Args:
     """the p99 of the wait on validation may be at most so many times EASY-FIFO's, the longest twice as many times"""
 
     # Algorithm specific arguments
-    total_timesteps: int = 3_000_000
+    total_timesteps: int = 1_500_000
     """total decisions of the experiment"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
