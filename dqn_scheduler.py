@@ -88,8 +88,6 @@ class Args:
     patience: float = 2.0
     """a job that waits for longer than so many times the longest wait under EASY-FIFO on the training split goes first;
     0: no such thing"""
-    tail_weight: float = 1.0
-    """how much the squares of the waits count in training: so many times as much as the objective under EASY-FIFO"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""
     num_jobs: int = 512
@@ -152,7 +150,7 @@ class Args:
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
     """what the reference's own choice is worth more than others at first (learned from there on)"""
-    margin: float = 0.05
+    margin: float = 0.3
     """another choice than the reference's own is taken only if it is worth so much more"""
     huber_delta: float = 10.0
     """errors count linearly from here on: much less than the largest rewards, and rare losses look cheap"""
@@ -457,19 +455,13 @@ class Trainer:
                 workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
                 lock_in=args.lock_in, each=lambda steps: track(steps, "tuning the rule to start from", console=console),
             )  # fmt: skip
-        base = simulate(workload, "easy-fifo")
-        if (
-            args.patience > 0
-            and "@" not in args.reference
-            and args.reference.partition(":")[0] not in ("tuned", "tetris")
-        ):
-            args.reference += f"@{args.patience * max(schedule.wait.max() for schedule in base) / 3600:.3g}"
-        squares = np.mean([(schedule.wait**2).mean() for schedule in base])
+        elif args.patience > 0 and "@" not in args.reference:
+            longest = max(schedule.wait.max() for schedule in simulate(workload, "easy-fifo"))
+            args.reference += f"@{args.patience * longest / 3600:.3g}"
         self.rules[args.reference] = self.judge_rule(args.reference)
         self.envs = SchedulerVectorEnv(
             args.num_envs, workload, num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
-            followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True,
-            tail_cost=args.tail_weight * costs(base, args.objective)[:, 0].mean() / squares, **environment(args),
+            followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
         )  # fmt: skip
         self.layout = self.envs.layout
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)

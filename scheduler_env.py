@@ -221,7 +221,7 @@ def static_score(order: int, jobs: Jobs, size: np.ndarray) -> np.ndarray:
 Problem = namedtuple(
     "Problem",
     "jobs demand features groups capacity speed unit fastest total "
-    "head backfill mode nodes weights patience sorted_head recorded objective tail_cost easy lock_in",
+    "head backfill mode nodes weights patience sorted_head recorded objective easy lock_in",
 )
 JOB = np.dtype(
     [(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")]
@@ -317,25 +317,23 @@ def dequeue(sim, p, i):
 
 @kernel
 def job_cost(p, i, begin, m):
-    """What a job that begins at that time on that node costs: latency, wait or bounded slowdown, and for its tail."""
+    """What a job that begins at that time on that node costs: latency, wait or bounded slowdown."""
     wait = begin - p.jobs[i].submit
-    tail = p.tail_cost * wait * wait
     if p.objective == WAIT:
-        return wait + tail
+        return wait
     latency = wait + p.jobs[i].run / p.speed[m]
     if p.objective == LATENCY:
-        return latency + tail
-    return max(1.0, latency / max(p.jobs[i].run, SLOWDOWN_BOUND)) + tail
+        return latency
+    return max(1.0, latency / max(p.jobs[i].run, SLOWDOWN_BOUND))
 
 
 @kernel
 def waiting_cost(p, i, now):
     """The part of a queued job's cost that has accrued by waiting until now."""
     wait = now - p.jobs[i].submit
-    tail = p.tail_cost * wait * wait
     if p.objective == SLOWDOWN:
-        return max(0.0, (wait + p.jobs[i].run) / max(p.jobs[i].run, SLOWDOWN_BOUND) - 1.0) + tail
-    return wait + tail
+        return max(0.0, (wait + p.jobs[i].run) / max(p.jobs[i].run, SLOWDOWN_BOUND) - 1.0)
+    return wait
 
 
 @kernel
@@ -1093,7 +1091,7 @@ def problem_of(whole, batch, e):
         whole.jobs[a:b], whole.demand[a:b], whole.features[a:b], batch.groups[e],
         whole.capacity, whole.speed, whole.unit, whole.fastest, whole.total,
         whole.head, whole.backfill, whole.mode, whole.nodes, whole.weights, whole.patience, whole.sorted_head,
-        whole.recorded, whole.objective, whole.tail_cost, whole.easy, whole.lock_in,
+        whole.recorded, whole.objective, whole.easy, whole.lock_in,
     )  # fmt: skip
 
 
@@ -1443,7 +1441,6 @@ def _problem(
     rule: Rule,
     *,
     objective: str = "latency",
-    tail_cost: float = 0.0,
     backfill: str = "easy",
     lock_in: bool = False,
     scores: np.ndarray | None = None,
@@ -1467,7 +1464,7 @@ def _problem(
         cluster.capacity, cluster.speed, unit, float(cluster.speed.max()), float(cluster.capacity[:, 0].sum()),
         rule.head, rule.backfill, rule.mode, rule.nodes, np.array(rule.weights), rule.patience,
         rule.head == rule.backfill and rule.head <= STATIC,
-        recorded is not None, OBJECTIVES[objective], tail_cost, backfill == "easy", lock_in,
+        recorded is not None, OBJECTIVES[objective], backfill == "easy", lock_in,
     )  # fmt: skip
 
 
@@ -1483,7 +1480,6 @@ class _Simulator:
         *,
         threads: int = 1,
         objective: str = "latency",
-        tail_cost: float = 0.0,
         backfill: str = "easy",
         lock_in: bool = False,
         history: bool = True,
@@ -1502,8 +1498,8 @@ class _Simulator:
         groups = _groups(jobs) if history else np.full((len(jobs), 3), -1, np.int32)
         self.past = _past(jobs, groups) if history else Past(np.zeros(1, np.int64), np.zeros(0), np.zeros(0))
         self.whole = _problem(
-            jobs, cluster, groups, rule, objective=objective, tail_cost=float(tail_cost), backfill=backfill,
-            lock_in=lock_in, scores=scores, recorded=_recorded(jobs) if recorded and uses_history(rule) else None,
+            jobs, cluster, groups, rule, objective=objective, backfill=backfill, lock_in=lock_in, scores=scores,
+            recorded=_recorded(jobs) if recorded and uses_history(rule) else None,
         )  # fmt: skip
         self.batch = self._allocate(count, length, 3 * length if history else 0)
         self.batch.s["stop"] = length
@@ -1821,7 +1817,6 @@ class SchedulerVectorEnv(VectorEnv):
             the first in the reference's order for the other.
         backfill: "easy", or "none": a reservation blocks until the next event.
         objective: "latency", "wait" or "slowdown".
-        tail_cost: what a job's wait in seconds, squared, costs besides: long waits count more.
         reward: "improvement": what the choice gained over the reference rule, relative to its cost in the episode, by
             simulating the rule to the end (potential-based shaping, Ng, Harada & Russell 1999, with Bertsekas'
             roll-out as potential); "cost": minus the cost that accrued, per job.
@@ -1857,7 +1852,6 @@ class SchedulerVectorEnv(VectorEnv):
         queue_window: int = 64,
         backfill: str = "easy",
         objective: str = "latency",
-        tail_cost: float = 0.0,
         reward: str = "improvement",
         reference: str = "easy-sjf",
         lock_in: bool = False,
@@ -1869,7 +1863,7 @@ class SchedulerVectorEnv(VectorEnv):
     ) -> None:
         for name, value, least in (
             ("num_envs", num_envs, 1), ("queue_window", queue_window, 1), ("num_jobs", num_jobs, 1),
-            ("warmup_jobs", warmup_jobs, 0), ("followup_jobs", followup_jobs, 0), ("tail_cost", tail_cost, 0),
+            ("warmup_jobs", warmup_jobs, 0), ("followup_jobs", followup_jobs, 0),
             ("num_threads", 1 if num_threads is None else num_threads, 1),
         ):  # fmt: skip
             if value < least:
@@ -1898,7 +1892,7 @@ class SchedulerVectorEnv(VectorEnv):
         threads = num_threads or max(1, min(os.cpu_count() or 1, num_envs // 8))
         self._core = _Simulator(
             self.workload, rule, num_envs, self.length, threads=min(threads, num_envs),
-            objective=objective, tail_cost=tail_cost, backfill=backfill, lock_in=lock_in, recorded=recorded_history,
+            objective=objective, backfill=backfill, lock_in=lock_in, recorded=recorded_history,
         )  # fmt: skip
         full = full_rollouts or lock_in or self._core.rule_uses_history or reward == "cost"
         self._plan = Plan(queue_window, warmup_jobs, num_jobs, followup_jobs, reward == "improvement", full)
