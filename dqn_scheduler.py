@@ -150,7 +150,7 @@ class Args:
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
     """what the reference's own choice is worth more than others at first (learned from there on)"""
-    margin: float = 0.3
+    margin: float = 0.05
     """another choice than the reference's own is taken only if it is worth so much more"""
     huber_delta: float = 10.0
     """errors count linearly from here on: much less than the largest rewards, and rare losses look cheap"""
