@@ -79,6 +79,9 @@ class Args:
     """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
+    learn_from: Literal["latency", "wait", "slowdown"] | None = None
+    """what rewards and the choice of the reference are about, if not the objective itself: the wait says more surely
+    which choice was good than the slowdown, which a few short jobs make up"""
     reference: str = "auto"
     """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
     on training and validation; tuned: one that is fitted to the training jobs first"""
@@ -368,8 +371,8 @@ def first_jobs(segments: np.ndarray, most: int) -> np.ndarray:
 
 def environment(args: Args) -> dict[str, Any]:
     """The arguments that training and validation environments share."""
-    names = ("objective", "reference", "queue_window", "backfill", "lock_in")
-    return {name: getattr(args, name) for name in names}
+    names = ("reference", "queue_window", "backfill", "lock_in")
+    return {"objective": args.learn_from or args.objective} | {name: getattr(args, name) for name in names}
 
 
 class FollowRule(nn.Module):
@@ -464,11 +467,12 @@ class Trainer:
     def robust_rule(self, training: Workload, names: list[str]) -> str:
         """The rule that does best in mean and in root mean square, on training and on validation. The mean alone, or
         the few busy weeks of validation alone, favour rules that starve some jobs: it shows later, in a busier time."""
-        args, segments = self.args, first_jobs(training.segments, self.args.validation_jobs)
+        args, objective = self.args, self.args.learn_from or self.args.objective
+        splits = (training, first_jobs(training.segments, args.validation_jobs)), (self.validation, self.segments)
 
         def weakness(name: str) -> float:
-            schedules = simulate(training, name, segments, backfill=args.backfill, lock_in=args.lock_in)
-            found = judge(schedules, args.objective), self.rules[name]
+            options = {"backfill": args.backfill, "lock_in": args.lock_in}
+            found = [judge(simulate(workload, name, part, **options), objective) for workload, part in splits]
             return sum(np.log(each.cost) + np.log(each.rms) for each in found)
 
         return min(names, key=weakness)
