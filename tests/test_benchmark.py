@@ -239,7 +239,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.onnx").write_text("no model")
-    Path("odd.json").write_text('{"published": {"order": []}, "traces": {"a": {"trace_file": "lublin.swf"}}}')
+    odd = {"published": {"order": []}, "traces": {"a": {"trace_file": "lublin.swf"}}}
+    Path("odd.json").write_text(json.dumps(odd | {"rules_without_lock_in": {"results": {}}}))
     write_policy(Path("cloud/policy.onnx"), resources=2)
     before = sorted(tmp_path.rglob("*"))
     command, *rest = flags.split()

@@ -106,18 +106,27 @@ def test_a_rule_reads_its_own_choice_from_the_observation(rule: str) -> None:
         observations = envs.step(actions)[0]
 
 
-def test_a_hidden_choice_becomes_the_first_legal_action() -> None:
+def test_the_rules_own_choice_is_never_hidden() -> None:
     envs, policy = vector_env(reference="easy-saf", queue_window=1, lock_in=True), load_policy("easy-saf")
     policy.layout = envs.layout
-    observations, hidden = envs.reset(seed=3)[0], 0
+    observations, longest = envs.reset(seed=3)[0], 0.0
     for _ in range(200):
         parts, actions = envs.split(observations), policy.predict(observations)
-        unseen = (parts.jobs[..., JOB_CHOICE].sum(1) == 0) & (parts.cluster[:, RULE_WAITS] == 0)
-        np.testing.assert_array_equal(actions[unseen], parts.mask[unseen].argmax(1))
+        assert (parts.jobs[..., JOB_CHOICE].sum(1) == 1).all()
+        np.testing.assert_array_equal(actions, envs.rule_actions())
         assert (parts.mask[np.arange(4), actions] == 1).all()
-        hidden += unseen.sum()
+        longest = max(longest, parts.cluster[:, se.CLUSTER_FEATURES.index("hidden")].max())
         observations = envs.step(actions)[0]
-    assert hidden > 0
+    assert longest > 0  # queues were longer than the window
+
+
+def test_where_a_foreign_observation_shows_no_choice_the_first_legal_action_is_taken() -> None:
+    envs, policy = vector_env(reference="easy-saf"), load_policy("easy-saf")
+    policy.layout = envs.layout
+    observations = envs.reset(seed=3)[0].copy()
+    parts = envs.split(observations)
+    parts.jobs[..., JOB_CHOICE], parts.cluster[:, RULE_WAITS] = 0, 0
+    np.testing.assert_array_equal(policy.predict(observations), parts.mask.argmax(1))
 
 
 @pytest.mark.parametrize("rule", ["easy-sjf", "easy-wfp3+sjf"])

@@ -499,7 +499,8 @@ def test_workers_share_the_work_are_replaced_and_end_with_their_supervisor(tmp_p
         supervisor = psutil.Process(session.process.pid)
 
         def workers() -> list[psutil.Process]:
-            return [child for child in supervisor.children() if "spawn_main" in " ".join(child.cmdline())]
+            alive = [child for child in supervisor.children() if child.status() != psutil.STATUS_ZOMBIE]
+            return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
 
         wait_until(lambda: len(workers()) == 2)
         threads = [threading.Thread(target=lambda: [httpx.post(f"{session.base_url}/v1/decisions", json=STATE)
