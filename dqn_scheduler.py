@@ -452,6 +452,7 @@ class Trainer:
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
         if args.reference == "auto":
+            # In training, rules with history are followed only approximately (`recorded_history`).
             args.reference = self.robust_rule(workload, [name for name in known if "history" not in name])
         if args.reference == "tuned":
             args.reference = tune(
