@@ -138,10 +138,10 @@ class Speed:
     repetitions: int = 5
     """the median of so many counts"""
     seconds: float = 1.0
-    """how long a count goes on at least; a learner's is four iterations"""
-    num_envs: int = 128
+    """how long a count goes on at least; a learner's is one whole run, or, below 1, that part of one"""
+    num_envs: int = 512
     """environments of the learners, Stable-Baselines3's too"""
-    num_steps: int = 128
+    num_steps: int = 32
     """decisions in each of them before an update of PPO, Stable-Baselines3's too"""
     cuda: bool = False
     """the learners' networks on a GPU"""

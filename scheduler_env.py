@@ -1594,8 +1594,7 @@ class Replay:
     """Segments of a workload, replayed again and again under a rule, from an empty machine each.
 
     Args:
-        workload, rule, segments, backfill, lock_in, scores: as of `simulate`.
-        threads: the segments are shared out among so many.
+        workload, rule, segments, backfill, lock_in, scores, threads: as of `simulate`.
     """
 
     def __init__(
@@ -1637,14 +1636,16 @@ def simulate(
     backfill: str = "easy",
     lock_in: bool = False,
     scores: np.ndarray | None = None,
+    threads: int = 1,
 ) -> list[Schedule]:
     """Replay the workload's segments, or others (int[S, 2] ranges of its jobs), from an empty machine under a rule.
 
     Args:
         lock_in: RLScheduler's semantics, in which `backfill` ("none" or "easy") decides and the rule gives the order.
         scores: float64[N] for rules whose order is STATIC (lowest first).
+        threads: the segments are shared out among so many.
     """
-    return Replay(workload, rule, segments, backfill=backfill, lock_in=lock_in, scores=scores)()
+    return Replay(workload, rule, segments, backfill=backfill, lock_in=lock_in, scores=scores, threads=threads)()
 
 
 @dataclass(frozen=True)

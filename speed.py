@@ -3,8 +3,8 @@
     python benchmark.py speed --output speed.json                # ten minutes on two cores; draws speed.png as well
     python benchmark.py speed --num-envs 4096 --cuda             # the learners on a GPU
 
-Every figure is the median of `--repetitions` counts after a burn-in, all of one run, so that ratios mean something also
-on a noisy machine. docs/benchmark.md says what each key of the JSON is.
+Every figure is the median of `--repetitions` counts after a burn-in (a learner's: of one whole run), so that ratios
+mean something also on a noisy machine. docs/benchmark.md says what each key of the JSON is.
 """
 
 from __future__ import annotations
@@ -213,59 +213,49 @@ PARTS = ("simulator", "policy", "update", "validation")
 
 
 def learner(args: Speed, script: ModuleType, last: Callable[[Any], None]) -> dict[str, Any]:
-    """Run a script as its command does, except that its training loop is short and runs several times.
+    """Run a script as its command does, with fewer decisions (and evaluations) if `args.seconds` is less than one.
 
-    Returns the decisions_per_second of a whole run under the script's own flags, the shares[part] of its time, and the
+    Returns the decisions_per_second of its training loop, validation included, the shares[part] of its time, and the
     update_seconds of one call of `update`.
 
     Args:
         last: called with the trainer after all.
     """
     usual = script.Args()
-    iterations = max(1, round(4 * args.seconds))
     flags = script.Args(
         workload=os.path.abspath(args.workload) if os.path.exists(args.workload) else args.workload, cuda=args.cuda,
-        num_envs=args.num_envs, num_steps=args.num_steps, num_evaluations=1,
-        tune_generations=1, total_timesteps=iterations * args.num_envs * args.num_steps,
+        num_envs=args.num_envs, num_steps=args.num_steps, tune_generations=1,
+        total_timesteps=round(usual.total_timesteps * min(1.0, args.seconds)),
+        num_evaluations=max(1, round(usual.num_evaluations * min(1.0, args.seconds))),
     )  # fmt: skip
-    runs: list[dict[str, float]] = []
+    found: dict[str, Any] = {}
     train = script.train
 
-    def repeat(trainer: Any, *others: Any) -> bool:
-        for _ in range(args.repetitions + 1):
-            trainer.iteration, steps, updates, validations, checkpoints = 0, [], [], [], []
-            with (
-                timed(trainer.envs, "step", steps),
-                timed(script, "update", updates),
-                timed(trainer, "validate", validations),
-                timed(trainer, "checkpoint", checkpoints),
-            ):
-                begin = time.perf_counter()
-                train(trainer, *others)
-                whole = time.perf_counter() - begin
-            decisions = len(steps) * args.num_envs
-            rest = whole - sum(steps + updates + validations + checkpoints)  # the forward passes of the rollout, mostly
-            # A short loop would validate too often.
-            validation = np.mean(validations) + np.mean(checkpoints)
-            validation *= usual.num_evaluations * decisions / usual.total_timesteps
-            parts = dict(zip(PARTS, (sum(steps), rest, sum(updates), validation), strict=True))
-            runs.append({"decisions": decisions, "update_seconds": sum(updates) / max(1, len(updates)), **parts})
+    def measured(trainer: Any, *others: Any) -> bool:
+        steps, updates, validations = [], [], []
+        with (
+            timed(trainer.envs, "step", steps),
+            timed(script, "update", updates),
+            timed(trainer, "propose", validations),
+            timed(trainer, "judge_proposed", validations),
+            timed(trainer, "checkpoint", validations),
+        ):
+            begin = time.perf_counter()
+            finished = train(trainer, *others)
+            whole = time.perf_counter() - begin
+        rest = whole - sum(steps + updates + validations)  # the forward passes of the rollout, mostly
+        parts = dict(zip(PARTS, (sum(steps), rest, sum(updates), sum(validations)), strict=True))
+        found["decisions_per_second"] = len(steps) * args.num_envs / whole
+        found["shares"] = {part: seconds / whole for part, seconds in parts.items()}
+        found["update_seconds"] = float(np.median(updates))
         last(trainer)
-        return True
+        return finished
 
     quiet = StringIO()
     hidden = redirect_stdout(quiet), redirect_stderr(quiet)
-    with TemporaryDirectory() as folder, chdir(folder), hidden[0], hidden[1], patch.object(script, "train", repeat):
+    with TemporaryDirectory() as folder, chdir(folder), hidden[0], hidden[1], patch.object(script, "train", measured):
         script.main(flags)
-    runs = runs[1:]  # the first one was the burn-in
-    seconds = [sum(run[part] for part in PARTS) for run in runs]
-    rates = [run["decisions"] / s for run, s in zip(runs, seconds, strict=True)]
-    shares = {part: [run[part] / s for run, s in zip(runs, seconds, strict=True)] for part in PARTS}
-    return {
-        "decisions_per_second": float(np.median(rates)),
-        "shares": {part: float(np.median(share)) for part, share in shares.items()},
-        "update_seconds": float(np.median([run["update_seconds"] for run in runs])),
-    }
+    return found
 
 
 def ppo(args: Speed) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "--repetitions",
             "1",
             "--seconds",
-            "0.02",
+            "0.005",
             "--num-envs",
             "8",
             "--num-steps",
