@@ -25,7 +25,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import ppo_scheduler
 from policies import load_policy
-from ppo_scheduler import Agent, Args, gae, log_prob_and_entropy, rollout, sample
+from ppo_scheduler import Agent, Args, gae, log_prob_and_entropy, rollout, sample, some_runs
 from scheduler_env import Layout, SchedulerVectorEnv, simulate
 from workloads import load_workload
 
@@ -126,6 +126,15 @@ def test_agent_does_not_depend_on_empty_places_or_the_order_of_jobs() -> None:
     shuffled, shuffled_value = agent(jobs[:, order], nodes, cluster, torch.cat([pairs, mask[:, -1:]], 1))
     torch.testing.assert_close(shuffled_value, value)
     torch.testing.assert_close(shuffled[:, :-1].unflatten(1, (32, -1)), logits[:, :-1].unflatten(1, (32, -1))[:, order])
+
+
+def test_whole_runs_are_validated_evenly_spread() -> None:
+    runs = np.stack([np.arange(24) * 5000, np.arange(1, 25) * 5000], axis=1)
+    some = some_runs(runs, 65_000)
+    assert len(some) == 13 and (np.diff(some) == 5000).all() and {tuple(run) for run in some} <= {*map(tuple, runs)}
+    assert set(np.diff(some[:, 0])) == {5000 * 2, 5000} or set(np.diff(some[:, 0])) == {5000 * 2}
+    assert some_runs(runs, 10**9).tolist() == runs.tolist()
+    assert some_runs(runs[:1], 3000).tolist() == [[0, 3000]]  # of a single long one, its beginning
 
 
 def test_run_writes_what_it_says(finished: Path) -> None:
