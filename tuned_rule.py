@@ -51,17 +51,15 @@ class Args:
     """of CMA-ES, 14 candidates each"""
 
 
-def start_from(
-    orders: dict[str, float], backfill: dict[str, float] | None = None, *, reserve: bool = True
-) -> np.ndarray:
-    """Weights that order heads by these terms, backfill by the same or others, always or never reserve, and place each
-    job on the fastest node, or the one that it fills best."""
+def start_from(orders: dict[str, float], backfill: dict[str, float] | None = None) -> np.ndarray:
+    """Weights that order heads by these terms, backfill by the same or others, always reserve, and place each job on
+    the fastest node, or the one that it fills best."""
     weights = np.zeros(PATIENCE + 1)
     weights[PATIENCE] = 1e9
     for row, terms in enumerate((orders, orders if backfill is None else backfill)):
         for name, weight in terms.items():
             weights[row * TERM_COUNT + TERMS.index(name)] = weight
-    weights[RESERVE_TERMS * TERM_COUNT] = -1.0 if reserve else 1.0
+    weights[RESERVE_TERMS * TERM_COUNT] = -1.0
     weights[NODE_WEIGHTS:PATIENCE][[NODE_TERMS.index("speed"), NODE_TERMS.index("left")]] = 3.0, 0.3
     return weights
 
@@ -76,10 +74,6 @@ STARTS = {
     "easy-xf": start_from({"expansion": -1.0}),
     "easy-sjf-history": start_from({"estimate": 1.0}),
     "easy-saf-history": start_from({"estimate": 1.0, "size": 1.0}),
-    "greedy-sjf": start_from({"requested": 1.0}, reserve=False),
-    "greedy-saf": start_from({"requested": 1.0, "size": 1.0}, reserve=False),
-    "greedy-wfp3": start_from({"requested": 3.0, "size": -1.0, "waited": -3.0}, reserve=False),
-    "greedy-unicep": start_from({"requested": 1.0, "waited": -1.0}, reserve=False),
 }
 
 
@@ -99,7 +93,7 @@ def badness(found: np.ndarray, base: np.ndarray) -> float:
     mean of the logarithms of the costs, and what says that jobs starve: longer tails of the wait than EASY-FIFO's."""
     ratio, (_, p99, longest) = found[:, 0] / base[:, 0], found.sum(0) / np.maximum(base.sum(0), 1e-9)
     mean = 0.5 * np.log(found[:, 0].sum() / base[:, 0].sum()) + 0.5 * np.log(ratio).mean()
-    return float(mean + 2.0 * max(0.0, p99 - 1.0) + 0.5 * max(0.0, longest - 1.5))
+    return float(mean + 0.5 * max(0.0, p99 - 1.0) + 0.05 * max(0.0, longest - 2.0))
 
 
 def tune(
