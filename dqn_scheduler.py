@@ -620,6 +620,8 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
     try:
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("training", total=args.num_iterations, completed=trainer.iteration)
+            if trainer.iteration == 0:
+                trainer.propose()  # what training starts from
             while trainer.iteration < args.num_iterations and not stop:
                 if args.anneal_lr:
                     fraction = 1.0 - trainer.iteration / args.num_iterations
