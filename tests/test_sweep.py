@@ -258,7 +258,7 @@ def test_three_proposals_of_wandbs_engine_run_for_real(
         answer = engine(description, runs)
         assert answer["violations"] == []
         metrics = as_the_agent_does(description, answer["config"], f"proposal{k}")
-        assert len(metrics) == 2 and all(-1000 < row[description["metric"]["name"]] < 1 for row in metrics)
+        assert len(metrics) == 3 and all(-1000 < row[description["metric"]["name"]] < 1 for row in metrics)
         runs.append((answer["config"], metrics))
     assert len({json.dumps(config, sort_keys=True) for config, _ in runs}) == 3
 
