@@ -89,7 +89,7 @@ class Args:
     on training and validation; tuned: one that is fitted to the training jobs first"""
     tune_generations: int = 50
     """how long to fit a tuned one"""
-    patience: float = 2.0
+    patience: float = 4.0
     """a job that waits for longer than so many times the longest wait under EASY-FIFO on the training split goes first;
     0: no such thing"""
     reward: Literal["improvement", "cost"] = "improvement"
@@ -629,7 +629,7 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
     every = max(1, args.num_iterations // max(1, args.num_evaluations))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    started, first = time.time(), trainer.iteration
+    started, first, saved = time.time(), trainer.iteration, 0.0
     try:
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("training", total=args.num_iterations, completed=trainer.iteration)
@@ -666,7 +666,9 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                 due = trainer.iteration % every == 0 or trainer.iteration == args.num_iterations
                 if trainer.proposed and (due or trainer.proposed[1].done()):
                     log_validation(trainer, writer)
-                    trainer.checkpoint()
+                    if time.time() - saved > CHECKPOINT_SECONDS:
+                        trainer.checkpoint()
+                        saved = time.time()
                 if due:
                     trainer.propose()
                 best = trainer.best_cost / trainer.rules[trainer.best_rule].cost - 1
@@ -689,6 +691,7 @@ def log_validation(trainer: Trainer, writer: SummaryWriter) -> None:
     writer.flush()  # somebody may be waiting for it: TensorBoard, or a sweep that stops bad runs
 
 
+CHECKPOINT_SECONDS = 30.0  # and no more often: all the environments are in it
 CHARTS = {"episodic_return": "return", "episodic_length": "decisions", "latency": "latency", "wait": "wait"}
 CHARTS |= {"bounded_slowdown": "bounded_slowdown", "utilization": "utilization"}
 LAYOUT = {  # TensorBoard's Custom Scalars tab: what belongs together is in one chart
