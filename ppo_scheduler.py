@@ -359,9 +359,7 @@ class Judgement(NamedTuple):
 
 def judge(schedules: list[Schedule], objective: str) -> Judgement:
     """Means over the replays, without the first 5 % of each one's jobs."""
-    per_job = [getattr(schedule, METRIC[objective])[len(schedule.jobs) // 20 :] for schedule in schedules]
-    rms = float(np.mean([np.sqrt((cost**2).mean()) for cost in per_job]))
-    return Judgement(*costs(schedules, objective).mean(0).tolist(), rms)
+    return Judgement(*costs(schedules, objective).mean(0).tolist())
 
 
 def some_runs(segments: np.ndarray, most: int) -> np.ndarray:

@@ -126,11 +126,11 @@ def test_resampled_runs_are_weeks_of_the_workload_at_other_loads() -> None:
 
 
 def test_badness_is_zero_for_the_base_and_counts_starvation() -> None:
-    base = np.array([[100.0, 1000.0, 5000.0], [300.0, 3000.0, 9000.0]])
+    base = np.array([[100.0, 1000.0, 5000.0, 200.0], [300.0, 3000.0, 9000.0, 500.0]])
     assert badness(base, base) == 0.0
-    assert badness(base * [0.5, 1, 1], base) == pytest.approx(np.log(0.5))
-    assert badness(base * [0.5, 1.5, 1], base) == pytest.approx(np.log(0.5) + 0.5 * 0.5)
-    assert badness(base * [0.5, 1, 5], base) == pytest.approx(np.log(0.5) + 0.05 * 3)
+    assert badness(base * [0.5, 1, 1, 1], base) == pytest.approx(np.log(0.5))
+    assert badness(base * [0.5, 1.5, 1, 1], base) == pytest.approx(np.log(0.5) + 0.5 * 0.5)
+    assert badness(base * [0.5, 1, 5, 1], base) == pytest.approx(np.log(0.5) + 0.05 * 3)
 
 
 def test_weights_that_change_nothing_are_not_searched() -> None:
