@@ -78,8 +78,8 @@ STARTS = {
 
 
 def costs(schedules: list[Schedule], objective: str) -> np.ndarray:
-    """float64[S, 4]: of each schedule, without the first 5 % of its jobs, the mean of the objective, the 99th percentile
-    and the maximum of the wait, and the root mean square of the objective."""
+    """float64[S, 4]: of each schedule, without the first 5 % of its jobs, the mean of the objective, the 99th
+    percentile and the maximum of the wait, and the root mean square of the objective."""
     rows = []
     for schedule in schedules:
         counted = slice(len(schedule.jobs) // 20, None)
