@@ -81,9 +81,9 @@ class Args:
     """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
-    learn_from: Literal["latency", "wait", "slowdown"] | None = None
+    learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None
     """what rewards and the choice of the reference are about, if not the objective itself: the wait says more surely
-    which choice was good than the slowdown, which a few short jobs make up"""
+    which choice was good than the slowdown, which a few short jobs make up; tail: waits to the power of 1.5"""
     reference: str = "auto"
     """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
     on training and validation; tuned: one that is fitted to the training jobs first"""

@@ -96,8 +96,8 @@ ORDERS = {
 }
 BLOCKING, GREEDY, EASY = range(3)  # what happens while the head does not fit: nothing, anything, backfilling
 FASTEST, BEST_FIT, TUNED_NODE, FIRST, ROUND_ROBIN, RANDOM_NODE = range(6)
-OBJECTIVES = {"latency": 0, "wait": 1, "slowdown": 2}
-LATENCY, WAIT, SLOWDOWN = range(3)
+OBJECTIVES = {"latency": 0, "wait": 1, "slowdown": 2, "tail": 3}
+LATENCY, WAIT, SLOWDOWN, TAIL = range(4)
 SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in parallel job scheduling", 1997
 
 
@@ -317,10 +317,12 @@ def dequeue(sim, p, i):
 
 @kernel
 def job_cost(p, i, begin, m):
-    """What a job that begins at that time on that node costs: latency, wait or bounded slowdown."""
+    """What a job that begins at that time on that node costs: latency, wait, bounded slowdown, or wait to the 1.5."""
     wait = begin - p.jobs[i].submit
     if p.objective == WAIT:
         return wait
+    if p.objective == TAIL:
+        return wait**1.5
     latency = wait + p.jobs[i].run / p.speed[m]
     if p.objective == LATENCY:
         return latency
@@ -333,7 +335,7 @@ def waiting_cost(p, i, now):
     wait = now - p.jobs[i].submit
     if p.objective == SLOWDOWN:
         return max(0.0, (wait + p.jobs[i].run) / max(p.jobs[i].run, SLOWDOWN_BOUND) - 1.0)
-    return wait
+    return wait**1.5 if p.objective == TAIL else wait
 
 
 @kernel
@@ -1817,7 +1819,7 @@ class SchedulerVectorEnv(VectorEnv):
         queue_window: K, how many queued jobs the agent sees: all or, where there are more, the oldest for one half and
             the first in the reference's order for the other.
         backfill: "easy", or "none": a reservation blocks until the next event.
-        objective: "latency", "wait" or "slowdown".
+        objective: "latency", "wait", "slowdown" or "tail" (waits to the power of 1.5: long ones count for more).
         reward: "improvement": what the choice gained over the reference rule, relative to its cost in the episode, by
             simulating the rule to the end (potential-based shaping, Ng, Harada & Russell 1999, with Bertsekas'
             roll-out as potential); "cost": minus the cost that accrued, per job.
