@@ -201,6 +201,15 @@ def test_a_run_with_lock_in_trains(tmp_path: Path) -> None:
     assert len(scalars(run_folder(tmp_path), "losses/policy_loss")) == 2
 
 
+def test_a_run_learns_from_the_tail_and_is_judged_by_its_objective(tmp_path: Path) -> None:
+    result = script(tmp_path, *SMALL, "--learn-from", "tail", "--reference", "auto")
+    assert result.returncode == 0, result.stderr
+    run = run_folder(tmp_path)
+    assert load_policy(str(run)).metadata.objective == "wait"
+    costs, waits = scalars(run, "eval/cost"), scalars(run, "eval/wait")
+    assert all(0.5 < costs[step] / waits[step] < 2 for step in waits)  # seconds, not seconds to the power of 1.5
+
+
 def test_kill_leaves_a_whole_checkpoint(finished: Path, tmp_path: Path) -> None:
     """kill -9 at many instants of a loop that does nothing but write checkpoints."""
     code = (
