@@ -329,25 +329,37 @@ def targets(agent: nn.Module, target: nn.Module, following: Observation, returns
     return returns + discount * torch.where(following.mask.any(1), value, 0.0)
 
 
+THREADS = ThreadPoolExecutor(2)
+
+
 def update(
     agent: Agent, target: Agent, optimizer: torch.optim.Optimizer, replay: Replay, layout: Layout, args: Args
 ) -> Tensor:
-    """One gradient step on a batch of the replay memory. Returns [td_loss, q_values], the means."""
-    rows, cluster = replay.sample(args.batch_size, args.n_step)
-    with torch.no_grad():
-        past = rows[:, :-1], cluster[:, None]
-        returns, discount = n_step_returns(replay.rewards[past], replay.dones[past], args.gamma)
-        if args.gamma > 0:
-            following = layout.split(replay.observations(rows[:, -1], cluster))
-            returns = targets(agent, target, following, returns, discount)
-    values = agent(*layout.split(replay.observations(rows[:, 0], cluster)))
-    values = values.gather(1, replay.actions[rows[:, 0], cluster][:, None])[:, 0]
-    loss = nn.functional.huber_loss(values, returns, delta=args.huber_delta) / args.huber_delta
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    """One gradient step on a batch of the replay memory, whose halves go side by side on two threads, as in
+    `ppo_scheduler.update`. Returns [td_loss, q_values], the means."""
+    parameters = list(agent.parameters())
+
+    def gradients(rows: Tensor, cluster: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Of the loss over some of the transitions; and what is logged of them."""
+        with torch.no_grad():
+            past = rows[:, :-1], cluster[:, None]
+            returns, discount = n_step_returns(replay.rewards[past], replay.dones[past], args.gamma)
+            if args.gamma > 0:
+                following = layout.split(replay.observations(rows[:, -1], cluster))
+                returns = targets(agent, target, following, returns, discount)
+        values = agent(*layout.split(replay.observations(rows[:, 0], cluster)))
+        values = values.gather(1, replay.actions[rows[:, 0], cluster][:, None])[:, 0]
+        loss = nn.functional.huber_loss(values, returns, delta=args.huber_delta) / args.huber_delta
+        return torch.autograd.grad(loss, parameters), torch.stack([loss, values.mean()]).detach()
+
+    count = 1 if replay.obs.is_cuda else 2
+    halves = (sampled.chunk(count) for sampled in replay.sample(args.batch_size, args.n_step))
+    parts, logged = zip(*THREADS.map(gradients, *halves), strict=True)
+    for parameter, *grads in zip(parameters, *parts, strict=True):
+        parameter.grad = torch.stack(grads).mean(0)
+    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     optimizer.step()
-    return torch.stack([loss, values.mean()]).detach()
+    return torch.stack(logged).mean(0)
 
 
 @torch.no_grad()
@@ -483,6 +495,7 @@ class Trainer:
         self.iteration = self.updates = 0
         self.worker = ThreadPoolExecutor(1)
         self.proposed: tuple[int, Future[list[Schedule]]] | None = None
+        self.judged = -1  # the iteration that was judged last
         # Until a policy is better than every rule on validation, the file stands for the best rule.
         self.stands_for: str | None = min(filter(self.acceptable, self.rules), key=lambda name: self.rules[name].cost)
         self.best_cost = self.rules[self.stands_for].cost
@@ -528,6 +541,7 @@ class Trainer:
                 "target": self.target.state_dict(),
                 "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "judged": self.judged,
                 "best_cost": self.best_cost,
                 "stands_for": self.stands_for,
                 "replay": vars(self.replay),
@@ -546,7 +560,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.updates, self.best_cost = state["iteration"], state["updates"], state["best_cost"]
-            self.stands_for = state["stands_for"]
+            self.judged, self.stands_for = state["judged"], state["stands_for"]
             vars(self.replay).update(state["replay"])
             self.envs.load_state_dict(state["environments"])
         except Exception as error:  # torch.load raises whatever the damage leads to
@@ -559,15 +573,15 @@ class Trainer:
         """Export the averaged policy, and begin to replay it on the validation split while training goes on."""
         candidate = self.folder / "candidate.onnx"
         export_onnx(Preferring(self.average.module, self.args.margin), candidate, self.layout, self.metadata(None))
-        policy, step = load_policy(str(candidate)), self.iteration * self.args.num_envs * self.args.num_steps
-        self.proposed = step, self.worker.submit(policy.schedule, self.validation, self.segments)
+        policy = load_policy(str(candidate))
+        self.proposed = self.iteration, self.worker.submit(policy.schedule, self.validation, self.segments)
 
     def judge_proposed(self) -> tuple[int, dict[str, float], Schedule]:
         """Wait until the replay is over; the best policy so far is policy.onnx.
 
         Returns the number of decisions before it, what is logged, and the first replay.
         """
-        (step, replay), self.proposed = self.proposed, None
+        (self.judged, replay), self.proposed = self.proposed, None
         schedules, candidate = replay.result(), self.folder / "candidate.onnx"
         found = judge(schedules, self.args.objective)
         if found.cost < self.best_cost and self.acceptable(found):
@@ -579,7 +593,7 @@ class Trainer:
         improvement = 1 - found.cost / self.rules[self.best_rule].cost
         means |= {"eval/cost": found.cost, "eval/wait_p99": found.wait_p99, "eval/improvement": improvement}
         means["eval/best_improvement"] = 1 - self.best_cost / self.rules[self.best_rule].cost
-        return step, means, schedules[0]
+        return self.judged * self.args.num_envs * self.args.num_steps, means, schedules[0]
 
     def metadata(self, rule: str | None) -> dict[str, Any]:
         """What policy.onnx says about itself; `rule`: it stands for that rule."""
@@ -625,14 +639,19 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
     args, agent, layout, replay = trainer.args, trainer.agent, trainer.layout, trainer.replay
     stop: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
-    every = max(1, args.num_iterations // max(1, args.num_evaluations))
+    evaluations = max(1, args.num_evaluations)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     started, first, saved = time.time(), trainer.iteration, 0.0
+
+    def due() -> bool:
+        """A validation: before the first iteration, after the last, and evenly in between."""
+        return trainer.iteration * evaluations % args.num_iterations < evaluations
+
     try:
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("training", total=args.num_iterations, completed=trainer.iteration)
-            if trainer.iteration == 0:
-                trainer.propose()  # what training starts from
+            if due() and trainer.judged < trainer.iteration:  # a checkpoint is written before what is due is proposed
+                trainer.propose()
             while trainer.iteration < args.num_iterations and not stop:
                 if args.anneal_lr:
                     fraction = 1.0 - trainer.iteration / args.num_iterations
@@ -661,13 +680,12 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                 if episodes:
                     for tag, name in CHARTS.items():
                         writer.add_scalar(f"charts/{tag}", np.mean([e[name] for e in episodes]), step)
-                due = trainer.iteration % every == 0 or trainer.iteration == args.num_iterations
-                if trainer.proposed and (due or trainer.proposed[1].done()):
+                if trainer.proposed and (due() or trainer.proposed[1].done()):
                     log_validation(trainer, writer)
                     if time.time() - saved > CHECKPOINT_SECONDS:
                         trainer.checkpoint()
                         saved = time.time()
-                if due:
+                if due():
                     trainer.propose()
                 best = trainer.best_cost / trainer.rules[trainer.best_rule].cost - 1
                 progress.update(

@@ -245,7 +245,8 @@ NEVER = -1e9  # the logit of an illegal action
 
 def sample(logits: Tensor) -> Tensor:
     """Actions[B] drawn from softmax(logits[B, A]) (the Gumbel-max trick)."""
-    return (logits - torch.empty_like(logits).exponential_().log()).argmax(1)
+    noise = torch.rand_like(logits).clamp(min=1e-12)  # of 0 it would be infinite, and an illegal action win
+    return (logits - (-noise.log()).log()).argmax(1)
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,34 +313,48 @@ def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, gamm
     return advantages
 
 
+THREADS = ThreadPoolExecutor(2)
+
+
 def update(
     agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, advantages: Tensor, layout: Layout, args: Args
 ) -> dict[str, float]:
-    """PPO's epochs over the batch. Returns the means over all minibatches of what CleanRL logs."""
+    """PPO's epochs over the batch. Returns the means over all minibatches of what CleanRL logs.
+
+    Halves of a minibatch go side by side on two threads. (PyTorch's own threads, which share every single operation
+    instead, gain as much on two idle cores, and on busy ones lose more by waiting for each other.)
+    """
     obs, actions, old_log_probs = batch.obs.flatten(0, 1), batch.actions.flatten(), batch.log_probs.flatten()
     returns = (advantages + batch.values).flatten()
     advantages = advantages.flatten()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+    parameters = list(agent.parameters())
+
+    def gradients(mb: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Of the loss over some of the decisions; and what is logged of them."""
+        logits, values = agent(*layout.split(obs.index_select(0, mb)))
+        log_probs, entropy = log_prob_and_entropy(logits, actions[mb])
+        log_ratio = log_probs - old_log_probs[mb]
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = -torch.min(ratio * advantages[mb], clipped * advantages[mb]).mean()
+        value_loss = nn.functional.smooth_l1_loss(values, returns[mb])
+        loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
+        approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+        logged = torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clipfrac]).detach()
+        return torch.autograd.grad(loss, parameters), logged
+
     sums = torch.zeros(5, device=obs.device)
     for _ in range(args.update_epochs):
         for mb in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
-            logits, values = agent(*layout.split(obs.index_select(0, mb)))
-            log_probs, entropy = log_prob_and_entropy(logits, actions[mb])
-            log_ratio = log_probs - old_log_probs[mb]
-            ratio = log_ratio.exp()
-            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = -torch.min(ratio * advantages[mb], clipped * advantages[mb]).mean()
-            value_loss = nn.functional.smooth_l1_loss(values, returns[mb])
-            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            parts, logged = zip(*THREADS.map(gradients, mb.chunk(1 if obs.is_cuda else 2)), strict=True)
+            for parameter, *grads in zip(parameters, *parts, strict=True):
+                parameter.grad = torch.stack(grads).mean(0)
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            with torch.no_grad():
-                approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
-                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                sums += torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clipfrac])
+            sums += torch.stack(logged).mean(0)
     means = (sums / (args.update_epochs * args.num_minibatches)).tolist()
     losses = dict(zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), means, strict=True))
     unexplained = (returns - batch.values.flatten()).var() / returns.var().clamp(min=1e-12)
@@ -460,6 +475,7 @@ class Trainer:
         self.iteration = 0
         self.worker = ThreadPoolExecutor(1)
         self.proposed: tuple[int, Future[list[Schedule]]] | None = None
+        self.judged = -1  # the iteration that was judged last
         # Until a policy is better than every rule on validation, the file stands for the best rule.
         self.stands_for: str | None = min(filter(self.acceptable, self.rules), key=lambda name: self.rules[name].cost)
         self.best_cost = self.rules[self.stands_for].cost
@@ -503,6 +519,7 @@ class Trainer:
                 "model": self.agent.state_dict(),
                 "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "judged": self.judged,
                 "best_cost": self.best_cost,
                 "stands_for": self.stands_for,
                 "environments": self.envs.state_dict(),
@@ -519,7 +536,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.best_cost = state["iteration"], state["best_cost"]
-            self.stands_for = state["stands_for"]
+            self.judged, self.stands_for = state["judged"], state["stands_for"]
             self.envs.load_state_dict(state["environments"])
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise ValueError(
@@ -531,15 +548,15 @@ class Trainer:
         """Export the averaged policy, and begin to replay it on the validation split while training goes on."""
         candidate = self.folder / "candidate.onnx"
         export_onnx(self.average.module, candidate, self.layout, self.metadata(None))
-        policy, step = load_policy(str(candidate)), self.iteration * self.args.batch_size
-        self.proposed = step, self.worker.submit(policy.schedule, self.validation, self.segments)
+        policy = load_policy(str(candidate))
+        self.proposed = self.iteration, self.worker.submit(policy.schedule, self.validation, self.segments)
 
     def judge_proposed(self) -> tuple[int, dict[str, float], Schedule]:
         """Wait until the replay is over; the best policy so far is policy.onnx.
 
         Returns the number of decisions before it, what is logged, and the first replay.
         """
-        (step, replay), self.proposed = self.proposed, None
+        (self.judged, replay), self.proposed = self.proposed, None
         schedules, candidate = replay.result(), self.folder / "candidate.onnx"
         found = judge(schedules, self.args.objective)
         if found.cost < self.best_cost and self.acceptable(found):
@@ -551,7 +568,7 @@ class Trainer:
         improvement = 1 - found.cost / self.rules[self.best_rule].cost
         means |= {"eval/cost": found.cost, "eval/wait_p99": found.wait_p99, "eval/improvement": improvement}
         means["eval/best_improvement"] = 1 - self.best_cost / self.rules[self.best_rule].cost
-        return step, means, schedules[0]
+        return self.judged * self.args.batch_size, means, schedules[0]
 
     def metadata(self, rule: str | None) -> dict[str, Any]:
         """What policy.onnx says about itself; `rule`: it stands for that rule."""
@@ -592,14 +609,19 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
     batch = Batch.empty(args.num_steps, args.num_envs, layout.size, trainer.device)
     stop: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
-    every = max(1, args.num_iterations // max(1, args.num_evaluations))
+    evaluations = max(1, args.num_evaluations)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     started, first, saved = time.time(), trainer.iteration, 0.0
+
+    def due() -> bool:
+        """A validation: before the first iteration, after the last, and evenly in between."""
+        return trainer.iteration * evaluations % args.num_iterations < evaluations
+
     try:
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("training", total=args.num_iterations, completed=trainer.iteration)
-            if trainer.iteration == 0:
-                trainer.propose()  # what training starts from
+            if due() and trainer.judged < trainer.iteration:  # a checkpoint is written before what is due is proposed
+                trainer.propose()
             while trainer.iteration < args.num_iterations and not stop:
                 if args.anneal_lr:
                     fraction = 1.0 - trainer.iteration / args.num_iterations
@@ -618,13 +640,12 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                 if episodes:
                     for tag, name in CHARTS.items():
                         writer.add_scalar(f"charts/{tag}", np.mean([e[name] for e in episodes]), step)
-                due = trainer.iteration % every == 0 or trainer.iteration == args.num_iterations
-                if trainer.proposed and (due or trainer.proposed[1].done()):
+                if trainer.proposed and (due() or trainer.proposed[1].done()):
                     log_validation(trainer, writer)
                     if time.time() - saved > CHECKPOINT_SECONDS:
                         trainer.checkpoint()
                         saved = time.time()
-                if due:
+                if due():
                     trainer.propose()
                 best = trainer.best_cost / trainer.rules[trainer.best_rule].cost - 1
                 progress.update(

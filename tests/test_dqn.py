@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,19 @@ import pytest
 import torch
 from test_ppo import ROOT, run_folder, scalars
 
-from dqn_scheduler import NEVER, Agent, Args, Replay, collect, epsilons, explore, n_step_returns, targets, updates_due
+from dqn_scheduler import (
+    NEVER,
+    Agent,
+    Args,
+    Replay,
+    collect,
+    epsilons,
+    explore,
+    n_step_returns,
+    targets,
+    update,
+    updates_due,
+)
 from policies import load_policy
 from scheduler_env import Observation, SchedulerVectorEnv, simulate
 from workloads import load_workload
@@ -111,6 +124,40 @@ def test_replay_gives_successive_decisions_of_one_cluster_and_forgets_the_oldest
     assert (replay.obs[rows, cluster[:, None]][..., 1] == cluster[:, None]).all()
     assert set(steps[:, 0].tolist()) == {17.0, 18.0, 19.0, 20.0, 21.0, 22.0, 23.0}
     assert torch.equal(replay.actions[rows, cluster[:, None]].float(), steps)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_an_update_is_a_gradient_step_on_the_huber_loss(gamma: float) -> None:
+    """Of the whole batch, whatever threads share it."""
+    torch.manual_seed(0)
+    args = Args(batch_size=500, gamma=gamma, n_step=2, huber_delta=1.0)
+    envs = SchedulerVectorEnv(16, "hpc", num_jobs=16, warmup_jobs=64, followup_jobs=16)
+    envs.reset(seed=0)
+    ours, target, replay = Agent(1), Agent(1), Replay(64, 16, envs.layout.size, torch.device("cpu"))
+    for _ in range(64):
+        collect(ours, envs, replay, torch.full((16,), 0.5), args)
+    assert replay.dones.any()
+    theirs = deepcopy(ours)
+    torch.manual_seed(1)
+    td_loss, q_values = update(
+        ours, target, torch.optim.SGD(ours.parameters(), lr=1.0), replay, envs.layout, args
+    ).tolist()
+    torch.manual_seed(1)
+    (first, second, third), cluster = (x.unbind(1) if x.ndim == 2 else x for x in replay.sample(500, 2))
+    going_on = 1 - replay.dones[first, cluster]
+    expected = replay.rewards[first, cluster] + gamma * going_on * replay.rewards[second, cluster]
+    following = envs.split(replay.obs[third, cluster])
+    with torch.no_grad():
+        best = target(*following).gather(1, theirs(*following).argmax(1, keepdim=True))[:, 0]
+        expected += gamma**2 * going_on * (1 - replay.dones[second, cluster]) * following.mask.any(1) * best
+    values = theirs(*envs.split(replay.obs[first, cluster]))[torch.arange(500), replay.actions[first, cluster]]
+    error = (values - expected).abs()
+    loss = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), args.max_grad_norm)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other - other.grad, rtol=1e-4, atol=1e-6)
+    assert td_loss == pytest.approx(loss.item(), rel=1e-5) and q_values == pytest.approx(values.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("num_envs", "ratio"), [(1, 0.25), (7, 0.1), (128, 1 / 1024), (64, 0.5)])

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,37 @@ def test_the_mask_is_never_violated() -> None:
         assert (mask.sum(2) >= 1).all()
 
 
+def test_an_update_is_a_gradient_step_on_ppos_loss() -> None:
+    """Of the whole minibatch, whatever threads share it."""
+    torch.manual_seed(0)
+    args = Args(num_minibatches=1, batch_size=512, minibatch_size=512, num_steps=32)
+    envs = SchedulerVectorEnv(16, "hpc", num_jobs=64, warmup_jobs=64, followup_jobs=16)
+    envs.reset(seed=0)
+    agent, batch = Agent(1), ppo_scheduler.Batch.empty(32, 16, envs.layout.size, torch.device("cpu"))
+    rollout(agent, envs, batch, args)
+    ours, theirs = (deepcopy(agent) for _ in range(2))
+    for network in (ours, theirs):
+        network.rule_bonus.data += 0.3  # the policy is not the one of the rollout any more: some ratios are clipped
+    advantages = torch.randn(32, 16)
+    logged = ppo_scheduler.update(
+        ours, torch.optim.SGD(ours.parameters(), lr=1.0), batch, advantages, envs.layout, args
+    )
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=1.0)
+    logits, values = theirs(*envs.split(batch.obs.flatten(0, 1)))
+    policy = torch.distributions.Categorical(logits=logits)
+    ratio = (policy.log_prob(batch.actions.flatten()) - batch.log_probs.flatten()).exp()
+    normal = ((advantages - advantages.mean()) / advantages.std()).flatten()
+    gains = torch.stack([ratio * normal, ratio.clamp(0.8, 1.2) * normal]).min(0).values.mean()
+    value_loss = torch.nn.functional.smooth_l1_loss(values, (advantages + batch.values).flatten())
+    (-gains + 0.5 * value_loss - 3e-3 * policy.entropy().mean()).backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    optimizer.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert logged["clipfrac"] > 0.01 and logged["policy_loss"] == pytest.approx(-gains.item(), abs=1e-5)
+    assert logged["value_loss"] == pytest.approx(value_loss.item(), rel=1e-4)
+
+
 def test_agent_does_not_depend_on_empty_places_or_the_order_of_jobs() -> None:
     torch.manual_seed(0)
     envs = SchedulerVectorEnv(16, "cloud", num_jobs=64, warmup_jobs=64, followup_jobs=16, queue_window=32)
@@ -192,6 +224,28 @@ def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path)
         assert scalars(run, tag) == scalars(finished, tag), tag
     resumed, whole = (torch.load(r / "checkpoint.pt", weights_only=False)["average"] for r in (run, finished))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_run_that_was_killed_before_a_validation_does_not_lose_it(tmp_path: Path) -> None:
+    """kill -9 right after the checkpoint that is written while one is due."""
+    code = (
+        "import os, sys, tyro, ppo_scheduler as ppo\n"
+        "write, ppo.CHECKPOINT_SECONDS = ppo.Trainer.checkpoint, 0.0\n"
+        "def write_and_die(trainer): write(trainer); trainer.iteration == 4 and os._exit(9)\n"
+        "ppo.Trainer.checkpoint = write_and_die\n"
+        "ppo.main(tyro.cli(ppo.Args))\n"
+    )
+    flags = (*SMALL, "--num-evaluations", "8")  # after each iteration, so that the one before is judged just then
+    killed = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300
+    )
+    assert killed.returncode == 9
+    run = run_folder(tmp_path)
+    assert torch.load(run / "checkpoint.pt", weights_only=False)["judged"] == 3
+    assert script(tmp_path, "--resume", str(run)).returncode == 0
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/cost")] == list(range(0, 2049, 256))
 
 
 def test_a_run_with_lock_in_trains(tmp_path: Path) -> None:
