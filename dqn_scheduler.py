@@ -490,7 +490,7 @@ class Trainer:
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
         self.target = deepcopy(self.agent)
         self.replay = Replay(args.buffer_steps, args.num_envs, self.layout.size, self.device)
-        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         self.iteration = self.updates = 0
         self.worker = ThreadPoolExecutor(1)

@@ -470,7 +470,7 @@ class Trainer:
         )  # fmt: skip
         self.layout = self.envs.layout
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
-        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         self.average = AveragedModel(self.agent, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         self.iteration = 0
         self.worker = ThreadPoolExecutor(1)

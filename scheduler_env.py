@@ -1371,18 +1371,19 @@ class Schedule:
 
     def metrics(self) -> dict[str, float]:
         """Means of the per-job metrics, the tails of the wait, and the figures of the whole."""
-        wait = self.wait
+        wait, makespan = self.wait, self.makespan
+        median, p95, p99 = np.percentile(wait, (50, 95, 99)).tolist()
         return {
             "latency": float(self.latency.mean()),
             "wait": float(wait.mean()),
             "bounded_slowdown": float(self.bounded_slowdown.mean()),
-            "wait_median": float(np.median(wait)),
-            "wait_p95": float(np.percentile(wait, 95)),
-            "wait_p99": float(np.percentile(wait, 99)),
+            "wait_median": median,
+            "wait_p95": p95,
+            "wait_p99": p99,
             "wait_max": float(wait.max()),
             "utilization": self.utilization,
-            "throughput": len(self.jobs) / self.makespan,
-            "makespan": self.makespan,
+            "throughput": len(self.jobs) / makespan,
+            "makespan": makespan,
         }
 
 
@@ -1505,26 +1506,27 @@ class _Simulator:
         )  # fmt: skip
         self.batch = self._allocate(count, length, 3 * length if history else 0)
         self.batch.s["stop"] = length
-        self._others = self._allocate(threads, length, 3 * length if self.rule_uses_history else 0)
-        self._marks = [np.full(len(self.past.offset), -1, np.int64) for _ in range(threads)]
-        self._bounds = np.linspace(0, count, threads + 1).astype(int)
+        parts = max(threads, min(4 * threads, count // 64)) if threads > 1 else 1  # who is done early takes the next
+        self._others = self._allocate(parts, length, 3 * length if self.rule_uses_history else 0)
+        self._marks = [np.full(len(self.past.offset), -1, np.int64) for _ in range(parts)]
+        self._bounds = np.linspace(0, count, parts + 1).astype(int)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def reset(self, indices: np.ndarray, plan: Plan, obs: np.ndarray, mask: np.ndarray) -> None:
         """Start the simulations `indices` at their `first` jobs; plan.window 0: the rule schedules all their jobs."""
 
-        def work(thread: int, low: int, high: int) -> None:
+        def work(part: int, low: int, high: int) -> None:
             mine = indices[(indices >= low) & (indices < high)]
-            mark = self._marks[thread]
-            reset_envs(mine, self.whole, self.batch, self._others, thread, self.past, mark, plan, obs, mask)
+            mark = self._marks[part]
+            reset_envs(mine, self.whole, self.batch, self._others, part, self.past, mark, plan, obs, mask)
 
         self._parallel(work)
 
     def step(self, actions: np.ndarray, plan: Plan, obs: np.ndarray, mask: np.ndarray, *out: np.ndarray) -> None:
         """Take an action in every simulation; `out`: rewards, terminated, truncated."""
 
-        def work(thread: int, low: int, high: int) -> None:
-            step_envs(low, high, actions, self.whole, self.batch, self._others, thread, plan, obs, mask, *out)
+        def work(part: int, low: int, high: int) -> None:
+            step_envs(low, high, actions, self.whole, self.batch, self._others, part, plan, obs, mask, *out)
 
         self._parallel(work)
 
@@ -1533,7 +1535,7 @@ class _Simulator:
             self._pool.shutdown()
 
     def _parallel(self, work: Callable[[int, int, int], None]) -> None:
-        """work(thread, low, high) over the simulations, a thread a part (the kernels release the GIL)."""
+        """work(part, low, high) over the simulations, parts side by side (the kernels release the GIL)."""
         with _compiling():
             parts = list(zip(range(len(self._marks)), self._bounds[:-1], self._bounds[1:], strict=True))
             if self._pool:

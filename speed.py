@@ -21,7 +21,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -267,7 +267,11 @@ def ppo(args: Speed) -> dict[str, Any]:
     def counted(*others: Any) -> Any:
         if flops:
             return update(*others)
-        with FlopCounterMode(display=False) as counter:  # in the burn-in
+        # In the burn-in; on this thread, which is the only one that is counted.
+        with (
+            patch.object(ppo_scheduler, "THREADS", SimpleNamespace(map=map)),
+            FlopCounterMode(display=False) as counter,
+        ):
             result = update(*others)
         flops.append(counter.get_total_flops())
         return result
