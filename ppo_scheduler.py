@@ -99,6 +99,8 @@ class Args:
     """jobs that the reference schedules before"""
     followup_jobs: int = 512
     """jobs that the reference schedules after; their cost counts"""
+    training_loads: tuple[float, ...] = (1.0,)
+    """the training jobs arrive with these factors as fast, each as often: busier times than the trace has had"""
     queue_window: int = 64
     """how many of the oldest queued jobs the agent sees"""
     backfill: Literal["easy", "none"] = "easy"
@@ -465,8 +467,9 @@ class Trainer:
             args.reference += f"@{args.patience * longest / 3600:.3g}"
         self.rules[args.reference] = self.judge_rule(args.reference, self.validation, self.segments)
         self.envs = SchedulerVectorEnv(
-            args.num_envs, workload, num_jobs=args.num_jobs, warmup_jobs=args.warmup_jobs,
-            followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True, **environment(args),
+            args.num_envs, at_loads(workload, args.training_loads), num_jobs=args.num_jobs,
+            warmup_jobs=args.warmup_jobs, followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True,
+            **environment(args),
         )  # fmt: skip
         self.layout = self.envs.layout
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
