@@ -100,7 +100,8 @@ class Args:
     followup_jobs: int = 512
     """jobs that the reference schedules after; their cost counts"""
     training_loads: tuple[float, ...] = (1.0,)
-    """the training jobs arrive with these factors as fast, each as often: busier times than the trace has had"""
+    """training jobs arrive so many times as fast, each of the factors as often: several prepare for busier times than
+    the trace has had"""
     queue_window: int = 64
     """how many of the oldest queued jobs the agent sees"""
     backfill: Literal["easy", "none"] = "easy"
@@ -441,7 +442,7 @@ class Trainer:
         self.args, self.folder = args, folder
         self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
         torch.manual_seed(args.seed)
-        torch.set_num_threads(1)  # so small a network gains nothing from more, and the simulator uses the other cores
+        torch.set_num_threads(1)  # the other cores are for the simulator, and for the halves of an update
         torch.backends.cudnn.deterministic = args.torch_deterministic
         workload = load_workload(args.workload, "train")
         workload.report_skipped()
