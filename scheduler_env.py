@@ -1213,10 +1213,10 @@ def step_env(sim, p, other, plan, action):
 
 
 @entry
-def reset_envs(indices, whole, batch, others, thread, past, mark, plan, obs, mask):
+def reset_envs(indices, whole, batch, others, part, past, mark, plan, obs, mask):
     for e in indices:
         p, sim = by_reference(problem_of(whole, batch, e)), by_reference(sim_of(batch, e, batch.plan[e]))
-        other = by_reference(sim_of(others, thread, batch.plan[e]))
+        other = by_reference(sim_of(others, part, batch.plan[e]))
         first = batch.s[e].first
         if sim.history.shape[0] > 0:
             seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, mark)
@@ -1226,10 +1226,10 @@ def reset_envs(indices, whole, batch, others, thread, past, mark, plan, obs, mas
 
 
 @entry
-def step_envs(low, high, actions, whole, batch, others, thread, plan, obs, mask, rewards, terminated, truncated):
+def step_envs(low, high, actions, whole, batch, others, part, plan, obs, mask, rewards, terminated, truncated):
     for e in range(low, high):
         p, sim = by_reference(problem_of(whole, batch, e)), by_reference(sim_of(batch, e, batch.plan[e]))
-        other = by_reference(sim_of(others, thread, batch.plan[e]))
+        other = by_reference(sim_of(others, part, batch.plan[e]))
         action = actions[e]
         if action < 0 or action >= mask.shape[1] or not mask[e, action]:
             action = 0  # an illegal action counts as the first legal one
