@@ -332,7 +332,12 @@ def test_only_the_partition_that_was_asked_for(slurm: FakeSlurm) -> None:
 
 
 @pytest.mark.parametrize("network", [False, True])
-def test_a_thousand_jobs_take_less_than_a_second(slurm: FakeSlurm, tmp_path: Path, network: bool) -> None:
+def test_a_thousand_jobs_take_less_than_a_second(
+    slurm: FakeSlurm, tmp_path: Path, network: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = time.time()  # while jobs grow older a random network changes its mind, and they are sent again
+    monkeypatch.setattr(time, "time", lambda: frozen)
+    monkeypatch.setattr(sa, "UPDATING", 0.1)  # several passes, however fast the machine is
     rng = np.random.default_rng(0)
     for job_id in range(1, 1_001):
         slurm.add(job_id, cpus=int(rng.integers(1, 17)), time_limit=int(rng.integers(1, 600)))
@@ -340,19 +345,14 @@ def test_a_thousand_jobs_take_less_than_a_second(slurm: FakeSlurm, tmp_path: Pat
     agent = agent_for(slurm, policy=policy)
     sa.warm_up(agent.policy)
     passes = 0
-    while agent.unsent or not passes:  # each sends for half a second and looks again
+    while agent.unsent or not passes:  # each sends for a while and looks again
         agent.one_pass()
         passes += 1
     own = agent.metrics.own._sum.get()
     assert own / passes < 1.0
-    last: dict[int, Any] = {}
-    for job_id, sent in slurm.updates:
-        assert last.get(job_id) != sent  # nothing is said twice
-        last[job_id] = sent
-    assert set(last) == set(range(1, 1_001))
-    if network:  # its order may change while the first passes are still sending
-        return
     assert len(slurm.updates) == 1_000  # each once, whatever the number of passes
+    if network:
+        return
     areas = [slurm.jobs[job_id]["cpus"] * slurm.jobs[job_id]["time_limit"] for job_id in slurm.by_priority()]
     assert areas[40:] == sorted(areas[40:])  # behind what starts at once and the head
     slurm.add(2_000)
