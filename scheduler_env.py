@@ -949,7 +949,7 @@ def job_row(sim, p, i, row, legal):
     """Fill the features of job i, and legal[m]: whether it may start or be reserved on node m."""
     s = sim.s[0]
     wait = np.float32(s.now - p.jobs[i].submit)
-    requested = np.float32(p.jobs[i].requested)
+    requested = max(np.float32(p.jobs[i].requested), np.float32(1))  # -1 in some published sequences
     row[WAITED] = np.log(np.float32(1) + wait) * np.float32(1 / 12)
     row[EXPANSION] = np.log(np.float32(1) + wait / requested) * np.float32(0.2)
     fit = may = False

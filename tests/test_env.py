@@ -416,6 +416,18 @@ def test_job_node_and_cluster_features_are_recounted(workload, window, seed):
     play(env, choose, watch)
 
 
+@pytest.mark.parametrize("requested", [-1.0, 0.0, 0.5])
+def test_observations_are_finite_for_jobs_that_ask_for_no_time(requested: float) -> None:
+    """Some in RLScheduler's sequences ask for -1 s."""
+    hpc = load_workload("hpc", "train", runs=1, run_jobs=200)
+    odd = replace(hpc, jobs=replace(hpc.jobs, requested_time=np.where(np.arange(200) % 3, 3600.0, requested)))
+    envs = SchedulerVectorEnv(4, odd, num_jobs=100, warmup_jobs=0, followup_jobs=0, reward="cost", lock_in=True)
+    observations, infos = envs.reset(seed=1)
+    for _ in range(100):
+        assert np.isfinite(observations).all()
+        observations, _, _, _, infos = envs.step(infos["action_mask"].argmax(1))
+
+
 @given(workload=workloads(max_jobs=20), rule=st.sampled_from(RULES), seed=SEEDS)
 @settings(max_examples=40)
 def test_the_rules_choice_is_marked(workload, rule, seed):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import LOCK_IN_RULES, rlscheduler_workload
+from rlscheduler import LOCK_IN_RULES, sequences
 from scheduler_env import Schedule, simulate
 from workloads import Workload
 
@@ -48,7 +48,7 @@ def reference() -> dict:
 
 @cache
 def trace(name: str) -> Workload:
-    return rlscheduler_workload(TRACES, name, reference()["traces"][name])
+    return sequences(TRACES, name, reference()["traces"][name])
 
 
 @cache
