@@ -376,7 +376,7 @@ def test_job_node_and_cluster_features_are_recounted(workload, window, seed):
                 "size": np.log2(1 + size[i]) / 10,
                 "area": np.log1p(jobs.requested_time[i] * size[i]) / 20,
                 "waited": np.log1p(wait) / 12,
-                "expansion": np.log1p(wait / jobs.requested_time[i]) / 5,
+                "expansion": np.log1p(wait / max(jobs.requested_time[i], 1)) / 5,
                 "fits": float(len(fitting) > 0),
                 "may_start": float(any(slow.may_start(i, m) for m in fitting)),
                 "earliest_start": np.log1p(min(slow.shadow(i, m)[0] for m in able) - slow.now) / 12,
