@@ -45,6 +45,7 @@ from lower_bound import lower_bound
 from policies import OnnxPolicy, Policy, PolicyError, load_policy
 from scheduler_env import (
     JOB_FEATURES,
+    METRIC,
     RULES,
     Schedule,
     job_size,
@@ -494,7 +495,6 @@ def plus_minus(figure: dict[str, Any], form: str, between: str, unit: str = "") 
 
 # ------------------------------------------------------------------------------------- what the report says beside it
 BASELINES = ("fifo", "easy-fifo")  # a report always has them
-COST = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown"}  # the metric that an objective minimises
 STARVING_P99, STARVING_MAX = 1.2, 2.0  # so many times EASY-FIFO's wait, and a policy is said to starve somebody
 QUANTILE_RESAMPLES = 1_000
 
@@ -505,7 +505,7 @@ def write_report(
     """Add to the results what only a report needs, and write the report's folder."""
     import report  # matplotlib and jinja2 take a second to import, which only a report is worth
 
-    headline, metric = replays[Scenario(args.protocol, args.load)], COST[args.objective]
+    headline, metric = replays[Scenario(args.protocol, args.load)], METRIC[args.objective]
     rules = [name for name, policy in policies.items() if not isinstance(policy, OnnxPolicy)]
     best_rule = min(rules, key=lambda rule: results["policies"][rule][metric]["mean"])
     results |= {
@@ -614,7 +614,7 @@ def bound_figures(replays: Replays, objective: str, results: dict[str, Any]) -> 
         counted = replays.workload.jobs[first:last][slice(own[0].start, own[-1].stop)]
         total += len(counted) * lower_bound(counted, replays.workload.cluster, objective)
         jobs += len(counted)
-    bound, cost = total / jobs, {name: p[COST[objective]]["mean"] for name, p in results["policies"].items()}
+    bound, cost = total / jobs, {name: p[METRIC[objective]]["mean"] for name, p in results["policies"].items()}
     way = cost["fifo"] - bound
     return {"mean": bound, "closed": {n: (cost["fifo"] - c) / way if way > 0 else None for n, c in cost.items()}}
 
@@ -633,7 +633,7 @@ def fairness(replays: Replays, name: str) -> dict[str, Any]:
 
 def protocols(args: Compare, replays: dict[Scenario, Replays]) -> dict[str, Any]:
     """The cost under both protocols, and what changes sides against EASY-FIFO between them."""
-    metric, found = COST[args.objective], {}
+    metric, found = METRIC[args.objective], {}
     for protocol in ("continuous", "windows"):
         if own := replays.get(Scenario(protocol, args.load)):
             column = {name: values[:, METRICS.index(metric)] for name, values in own.per_block.items()}

@@ -42,6 +42,7 @@ from scheduler_env import (
     CLUSTER_WIDTH,
     JOB_FEATURES,
     JOB_WIDTH,
+    METRIC,
     NODE_FEATURES,
     NODE_WIDTH,
     RULES,
@@ -53,7 +54,7 @@ from scheduler_env import (
     parse_rule,
     simulate,
 )
-from tuned_rule import METRIC, costs, tune
+from tuned_rule import costs, tune
 from workloads import Workload, at_loads, load_workload, replacing, write_json
 
 

@@ -98,6 +98,8 @@ BLOCKING, GREEDY, EASY = range(3)  # what happens while the head does not fit: n
 FASTEST, BEST_FIT, TUNED_NODE, FIRST, ROUND_ROBIN, RANDOM_NODE = range(6)
 OBJECTIVES = {"latency": 0, "wait": 1, "slowdown": 2, "tail": 3}
 LATENCY, WAIT, SLOWDOWN, TAIL = range(4)
+# What schedules are compared by: a property of `Schedule`.
+METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown", "tail": "wait"}
 SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in parallel job scheduling", 1997
 
 

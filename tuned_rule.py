@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from scheduler_env import (
+    METRIC,
     NODE_TERMS,
     NODE_WEIGHTS,
     PATIENCE,
@@ -36,7 +37,6 @@ from scheduler_env import (
 from workloads import Workload, at_loads, load_workload, resampled
 
 EACH = 16  # runs that a candidate is judged by
-METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown", "tail": "wait"}  # what is compared
 
 
 @dataclass
