@@ -16,7 +16,7 @@ setup-dev: .venv/setup-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# Train on the built-in workload, then compare with the rules on held-out jobs. TRAIN="--workload my.swf.gz ..." for others.
+# Train on the built-in workload, then compare with the rules on held-out jobs. Others: TRAIN="--workload X ..." COMPARE="--workload X".
 train: setup
 	$(BIN)/python ppo_scheduler.py $(TRAIN)
 	$(BIN)/python benchmark.py compare $(COMPARE) --policies fifo easy-fifo sjf saf easy-sjf easy-saf \

@@ -258,7 +258,7 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
         check_folder(args.report)
         workloads |= other_scenarios(args, headline)
         policies |= {rule: load_policy(rule) for rule in BASELINES if rule not in policies}
-    workloads[headline].report_skipped()
+    workloads[headline].report()
     replays = {scenario: Replays(workload, cuts(args, scenario, workload)) for scenario, workload in workloads.items()}
     for scenario, name, found in replay_all(workloads, policies, args.report and args.report / "replays", args.workers):
         if isinstance(found, str):

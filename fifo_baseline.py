@@ -94,7 +94,7 @@ def run(args: Args) -> dict[str, dict[str, float]]:
     rules = [parse_rule(name) for name in dict.fromkeys(args.rules)]  # a wrong name ends it before anything is written
     if not rules:
         raise ValueError("--rules: none given; name some, such as: fifo easy-fifo")
-    workload.report_skipped()
+    workload.report()
     if args.track:
         import wandb
 
@@ -130,7 +130,7 @@ def table_of(args: Args, results: dict[str, dict[str, float]]) -> Table:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    trace = Path(args.workload).name.removesuffix(".gz").removesuffix(".swf")
+    trace = Path(args.workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl")
     args.run_name = f"{trace}__{args.exp_name}__{args.seed}__{int(time.time())}"
     try:
         if args.output and not args.output.parent.is_dir():

@@ -78,7 +78,7 @@ class Args:
     """a run's folder: go on with it, under the flags that it was started with"""
 
     workload: str = "cloud"
-    """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
+    """cloud, hpc, manufacturing, datacenter, tasks, or the path of a trace (.swf, .swf.gz, .jsonl)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
     learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None
@@ -104,7 +104,7 @@ class Args:
     """training jobs arrive so many times as fast, each of the factors as often: several prepare for busier times than
     the trace has had"""
     queue_window: int = 64
-    """how many of the oldest queued jobs the agent sees"""
+    """how many queued jobs the agent sees, the oldest and those that the reference ranks first"""
     backfill: Literal["easy", "none"] = "easy"
     """what may happen while a reservation stands: backfilling or nothing"""
     lock_in: bool = False
@@ -381,13 +381,13 @@ def judge(schedules: list[Schedule], objective: str) -> Judgement:
     return Judgement(*costs(schedules, objective).mean(0).tolist())
 
 
-def some_runs(segments: np.ndarray, most: int) -> np.ndarray:
-    """int[S, 2]: some of the segments, evenly spread, with at most so many jobs together (of a single one, the first
-    so many): in a run that is cut short nobody waits for long."""
+def some_runs(segments: np.ndarray, most: int, least: int) -> np.ndarray:
+    """int[S, 2]: some of the segments, evenly spread, with at most `most` jobs together. At least `least` of them, one
+    for each load, and only then cut short: in a run that is, nobody waits for long."""
     begin, end = segments.T
-    count = max(1, int(most // (end - begin).max()))
-    chosen = np.unique(np.linspace(0, len(segments) - 1, min(count, len(segments))).astype(int))
-    return np.stack([begin, np.minimum(end, begin + most)], axis=1)[chosen]
+    count = min(len(segments), max(least, int(most // (end - begin).max())))
+    chosen = np.linspace(0, len(segments) - 1, count).astype(int)
+    return np.stack([begin, np.minimum(end, begin + most // count)], axis=1)[chosen]
 
 
 def environment(args: Args) -> dict[str, Any]:
@@ -446,9 +446,9 @@ class Trainer:
         torch.set_num_threads(1)  # the other cores are for the simulator, and for the halves of an update
         torch.backends.cudnn.deterministic = args.torch_deterministic
         workload = load_workload(args.workload, "train")
-        workload.report_skipped()
+        workload.report()
         self.validation = at_loads(load_workload(args.workload, "validation"), args.validation_loads)
-        self.segments = some_runs(self.validation.segments, args.validation_jobs)
+        self.segments = some_runs(self.validation.segments, args.validation_jobs, len(args.validation_loads))
         known = [name for name in RULES if name != "tetris" or not args.lock_in]  # lock_in needs an order of jobs
         self.rules = {name: self.judge_rule(name, self.validation, self.segments) for name in known}
         self.best_rule = min(filter(self.acceptable, known), key=lambda name: self.rules[name].cost)
@@ -729,6 +729,8 @@ def main(args: Args) -> None:
     resume = args.resume is not None
     if resume:
         folder = Path(args.resume)
+        if args != Args(resume=args.resume):
+            raise ValueError("--resume goes on with the flags of the run; leave out the others, or start a new run")
         try:
             args = Args(**json.loads((folder / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -743,7 +745,7 @@ def main(args: Args) -> None:
             )
         args.minibatch_size = args.batch_size // args.num_minibatches
         args.num_iterations = max(1, args.total_timesteps // args.batch_size)
-        name = args.workload if "." not in args.workload else Path(args.workload).name.split(".")[0]
+        name = Path(args.workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl")
         folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
     trainer = Trainer(args, folder, console)
     if resume:

@@ -85,7 +85,8 @@ class Args:
 class Export:
     """Write finished jobs as an SWF trace.
 
-    For sacct: sacct -aXP -o JobIDRaw,User,Account,JobName,Partition,Submit,Eligible,Start,End,TimelimitRaw,NCPUS,State
+    For sacct: sacct -aXP -S now-60days -o
+    JobIDRaw,User,Account,JobName,Partition,Submit,Eligible,Start,End,TimelimitRaw,NCPUS,State
     """
 
     inputs: tuple[Path, ...]

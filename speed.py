@@ -57,7 +57,7 @@ def measure(args: Speed) -> tuple[dict[str, Any], Table]:
     if args.repetitions < 1:
         raise ValueError(f"--repetitions {args.repetitions}: give at least 1")
     workload = load_workload(args.workload, "all")
-    workload.report_skipped()
+    workload.report()
     few = first_jobs(workload, FEW)
     results: dict[str, Any] = {"workload": args.workload, "repetitions": args.repetitions, "machine": machine()}
     with Console(stderr=True).status("") as status:

@@ -42,7 +42,7 @@ EACH = 16  # runs that a candidate is judged by
 @dataclass
 class Args:
     workload: str = "cloud"
-    """cloud, hpc, manufacturing, datacenter, tasks, or the path of an SWF trace (.swf, .swf.gz)"""
+    """cloud, hpc, manufacturing, datacenter, tasks, or the path of a trace (.swf, .swf.gz, .jsonl)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
     seed: int = 1

@@ -112,11 +112,18 @@ class Workload:
     segments: np.ndarray
     skipped: dict[str, int]  # why a trace's line was left out -> how many were
 
-    def report_skipped(self) -> None:
-        """Say on stderr how many jobs were left out, and why."""
+    def report(self) -> None:
+        """Say on stderr how many jobs were left out, and why; and where requests give the run times away."""
         if self.skipped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
             print(f"{self.name}: jobs skipped: {reasons}", file=sys.stderr)
+        exact = (self.jobs.requested_time == self.jobs.run_time).mean()
+        if exact > 0.1:
+            print(
+                f"{self.name}: {exact:.0%} of the jobs request exactly their run time, as in a trace without requests: "
+                "rules and policies then know what no scheduler can, and gains are too large",
+                file=sys.stderr,
+            )
 
 
 @contextmanager

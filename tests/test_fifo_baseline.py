@@ -88,4 +88,14 @@ def test_skipped_jobs_are_counted(
     lines = [job.format(number, 0 if number % 5 == 0 else 50) for number in range(1, 51)]
     (tmp_path / "some.swf").write_text("; MaxProcs: 8\n" + "".join(lines))
     baseline(monkeypatch, "--workload", "some.swf")
-    assert "some.swf: jobs skipped: 10 no run time" in capsys.readouterr().err
+    assert capsys.readouterr().err == "some.swf: jobs skipped: 10 no run time\n"
+
+
+def test_a_trace_whose_requests_are_the_run_times_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = "{0} {0}0 0 50 4 -1 -1 4 {1} -1 1 1 1 1 1 -1 -1 -1\n"
+    lines = [job.format(number, -1 if number % 5 == 0 else 100) for number in range(1, 51)]
+    (tmp_path / "some.swf").write_text("; MaxProcs: 8\n" + "".join(lines))
+    baseline(monkeypatch, "--workload", "some.swf")
+    assert "some.swf: 20% of the jobs request exactly their run time" in capsys.readouterr().err

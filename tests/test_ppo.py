@@ -159,11 +159,11 @@ def test_agent_does_not_depend_on_empty_places_or_the_order_of_jobs() -> None:
 
 def test_whole_runs_are_validated_evenly_spread() -> None:
     runs = np.stack([np.arange(24) * 5000, np.arange(1, 25) * 5000], axis=1)
-    some = some_runs(runs, 65_000)
+    some = some_runs(runs, 65_000, 3)
     assert len(some) == 13 and (np.diff(some) == 5000).all() and {tuple(run) for run in some} <= {*map(tuple, runs)}
     assert set(np.diff(some[:, 0])) == {5000, 10_000} and some[-1, 1] == runs[-1, 1]
-    assert some_runs(runs, 10**9).tolist() == runs.tolist()
-    assert some_runs(runs[:1], 3000).tolist() == [[0, 3000]]  # of a single long one, its beginning
+    assert some_runs(runs, 10**9, 3).tolist() == runs.tolist()
+    assert some_runs(runs[:3], 12_000, 3).tolist() == [[0, 4000], [5000, 9000], [10_000, 14_000]]  # a long trace
 
 
 def test_run_writes_what_it_says(finished: Path) -> None:
@@ -293,6 +293,7 @@ def test_bad_input_ends_with_one_line(finished: Path, tmp_path: Path) -> None:
     for flags, words in (
         (("--resume", str(damaged)), ("checkpoint.pt", "start a new run")),
         (("--resume", "nowhere"), ("args.json", "folder of a run")),
+        (("--resume", str(finished), "--total-timesteps", "4096"), ("--resume", "leave out the others")),
         (("--workload", "nowhere.swf"), ("nowhere.swf", "presets")),
         ((*SMALL, "--queue-window", "0"), ("queue_window", "at least 1")),
         ((*SMALL, "--reference", "alphabetical"), ("alphabetical", "easy-")),

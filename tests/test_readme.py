@@ -41,6 +41,7 @@ COMMANDS = {
     "tensorboard": "--version",  # it would serve for ever
     "pytest": "--collect-only --quiet -p no:cacheprovider",  # these are tests of the suite itself
     "time python -c": "",
+    "python ppo_scheduler.py --resume": "",
     "python ppo_scheduler.py": f"{TINY} --num-minibatches 2",
     "python dqn_scheduler.py": TINY,
     "python tuned_rule.py": "--generations 1",
