@@ -47,6 +47,8 @@ from scheduler_env import (
     NODE_FEATURES,
     NODE_WIDTH,
     RULES,
+    TETRIS,
+    TUNED,
     Layout,
     Observation,
     Schedule,
@@ -92,7 +94,7 @@ class Args:
     """how long to fit a tuned one"""
     patience: float = 4.0
     """a job that waits for longer than so many times the longest wait under EASY-FIFO on the training split goes first;
-    0: no such thing"""
+    0: no such thing. A rule with a patience of its own keeps it, a tuned one has twice that wait"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""
     num_jobs: int = 512
@@ -258,7 +260,7 @@ def epsilons(args: Args, fraction: float) -> Tensor:
 
 def explore(greedy: Tensor, mask: Tensor, epsilon: Tensor) -> Tensor:
     """Actions[B]: the greedy ones or, with probability epsilon[B], any that mask[B, A] allows, all as likely."""
-    anything = (mask * torch.rand_like(mask)).argmax(1)
+    anything = (mask * torch.rand_like(mask).clamp(min=1e-12)).argmax(1)  # a legal one even where all draws are 0
     return torch.where(torch.rand_like(epsilon) < epsilon, anything, greedy)
 
 
@@ -394,21 +396,11 @@ def some_runs(segments: np.ndarray, most: int, least: int) -> np.ndarray:
     begin, end = segments.T
     count = min(len(segments), max(least, int(most // (end - begin).max())))
     chosen = np.linspace(0, len(segments) - 1, count).astype(int)
-    return np.stack([begin, np.minimum(end, begin + most // count)], axis=1)[chosen]
-
-
-def environment(args: Args) -> dict[str, Any]:
-    """The arguments that training and validation environments share."""
-    names = ("reference", "queue_window", "backfill", "lock_in")
-    return {"objective": args.learn_from or args.objective} | {name: getattr(args, name) for name in names}
+    return np.stack([begin, np.minimum(end, begin + max(1, most // count))], axis=1)[chosen]
 
 
 class FollowRule(nn.Module):
     """The reference's own choice in the form of an agent: exported where training found nothing better."""
-
-    def forward(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
-        """As `Agent.forward`."""
-        return self.logits(jobs, nodes, cluster, mask)
 
     def logits(self, jobs: Tensor, nodes: Tensor, cluster: Tensor, mask: Tensor) -> Tensor:
         pairs = jobs[..., RULE_CHOICE, None] * nodes[..., RULE_NODE][:, None]
@@ -474,22 +466,13 @@ class Trainer:
         submitted, started = self.example.jobs.submit_time, np.sort(self.example.start_time)
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
-        if args.reference == "auto":
-            # In training, rules with history are followed only approximately (`recorded_history`).
-            args.reference = self.robust_rule(workload, [name for name in known if "history" not in name])
-        if args.reference == "tuned":
-            args.reference = tune(
-                workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
-                lock_in=args.lock_in, each=lambda steps: track(steps, "tuning the rule to start from", console=console),
-            )  # fmt: skip
-        elif args.patience > 0 and "@" not in args.reference:
-            longest = max(schedule.wait.max() for schedule in simulate(workload, "easy-fifo"))
-            args.reference += f"@{args.patience * longest / 3600:.3g}"
+        args.reference = self.choose_reference(workload, console)
         self.rules[args.reference] = self.judge_rule(args.reference, self.validation, self.segments)
         self.envs = SchedulerVectorEnv(
             args.num_envs, at_loads(workload, args.training_loads), num_jobs=args.num_jobs,
-            warmup_jobs=args.warmup_jobs, followup_jobs=args.followup_jobs, reward=args.reward, recorded_history=True,
-            **environment(args),
+            warmup_jobs=args.warmup_jobs, followup_jobs=args.followup_jobs, queue_window=args.queue_window,
+            backfill=args.backfill, lock_in=args.lock_in, reference=args.reference, recorded_history=True,
+            objective=args.learn_from or args.objective, reward=args.reward,
         )  # fmt: skip
         self.layout = self.envs.layout
         self.agent = Agent(self.layout.resources, args.hidden, args.rule_bonus).to(self.device)
@@ -514,13 +497,31 @@ class Trainer:
         )
         return judge(schedules, objective or args.objective)
 
+    def choose_reference(self, workload: Workload, console: Console) -> str:
+        """The rule that training starts from and rewards are relative to; it gets `--patience` where it has none."""
+        args, name = self.args, self.args.reference
+        if name == "tuned":
+            return tune(
+                workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
+                lock_in=args.lock_in, each=lambda steps: track(steps, "tuning the rule to start from", console=console),
+            )  # fmt: skip
+        if name == "auto":
+            # In training, rules with history are followed only approximately (`recorded_history`).
+            name = self.robust_rule(workload, [name for name in RULES if "history" not in name and name != "tetris"])
+        rule = parse_rule(name)
+        if args.patience == 0 or rule.patience < np.inf or rule.head in (TETRIS, TUNED):
+            return name  # tetris has no order to put anyone in front of, a tuned rule a patience of its own
+        schedules = simulate(workload, "easy-fifo", backfill=args.backfill, lock_in=args.lock_in)
+        return f"{name}@{args.patience * max(schedule.wait.max() for schedule in schedules) / 3600:.3g}"
+
     def robust_rule(self, training: Workload, names: list[str]) -> str:
         """The rule that does best in mean and in root mean square, on training and on validation. The mean alone, or
         the few busy weeks of validation alone, favour rules that starve some jobs: it shows later, in a busier time."""
         objective = self.args.learn_from or self.args.objective
 
         def weakness(name: str, workload: Workload, segments: np.ndarray) -> float:
-            found = self.judge_rule(name, workload, segments, objective)
+            known = workload is self.validation and objective == self.args.objective
+            found = self.rules[name] if known else self.judge_rule(name, workload, segments, objective)
             return np.log(found.cost) + np.log(found.rms)
 
         found = {name: weakness(name, self.validation, self.segments) for name in names}
@@ -552,6 +553,7 @@ class Trainer:
                 "replay": vars(self.replay),
                 "environments": self.envs.state_dict(),
                 "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state_all(),
             }
             torch.save(state, temporary, pickle_protocol=5)  # 2, the default, takes twice as long for arrays
 
@@ -559,7 +561,7 @@ class Trainer:
         """Raises ValueError: the checkpoint is damaged or from another version."""
         path = self.folder / "checkpoint.pt"
         try:
-            state = torch.load(path, weights_only=False)
+            state = torch.load(path, map_location=self.device, weights_only=False)
             self.agent.load_state_dict(state["model"])
             self.target.load_state_dict(state["target"])
             self.average.load_state_dict(state["average"])
@@ -568,11 +570,13 @@ class Trainer:
             self.judged, self.stands_for = state["judged"], state["stands_for"]
             vars(self.replay).update(state["replay"])
             self.envs.load_state_dict(state["environments"])
+            torch.set_rng_state(state["random"].cpu())
+            if self.device.type == "cuda" and state["cuda_random"]:
+                torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda_random"]])
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise ValueError(
                 f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"
             ) from error
-        torch.set_rng_state(state["random"])
 
     def propose(self) -> None:
         """Export the averaged policy, and begin to replay it on the validation split while training goes on."""
@@ -762,6 +766,15 @@ def log_end(trainer: Trainer) -> None:
     wandb.log_artifact(artifact)
 
 
+def check(args: Args) -> None:
+    """Raises ValueError: what would fail later, and say less."""
+    for name in ("num_envs", "num_steps", "max_tail", "target_frequency"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; use 1 or more")
+    if not args.validation_loads or not args.training_loads:
+        raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
+
+
 def main(args: Args) -> None:
     console = Console(stderr=True)
     resume = args.resume is not None
@@ -776,6 +789,7 @@ def main(args: Args) -> None:
                 f"{folder / 'args.json'}: {error}; name the folder of a run, as in runs/<run_name>"
             ) from error
     else:
+        check(args)
         if not args.n_step < args.buffer_steps:
             raise ValueError(f"n_step is {args.n_step}; use less than buffer_steps, which is {args.buffer_steps}")
         args.num_iterations = max(1, args.total_timesteps // (args.num_envs * args.num_steps))
@@ -823,6 +837,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # in training Ctrl-C saves the run and ends it
+        sys.exit(130)

@@ -248,10 +248,8 @@ class OnnxPolicy(Policy):
         observation, more = moment.observe(layout)
         while more or len(ranked) < len(visible):
             parts = layout.split(observation[None])
-            logits = self._logits(parts)[0]
+            logits = self.choices(parts)[0]
             action = int(logits.argmax())
-            if np.isnan(logits[action]) or parts.mask[0, action] == 0:
-                self.choices(parts)  # says what is wrong
             if not len(ranked):  # before anything is reserved, all jobs have a score
                 pairs = np.where(parts.mask[0] > 0, logits, -np.inf)[:-1].reshape(layout.window, layout.nodes)
                 ranked = visible[np.argsort(-pairs.max(1)[: len(visible)], kind="stable")]
@@ -332,15 +330,19 @@ def load_policy(name_or_path: str) -> Policy:
         PolicyError: no such rule or file, a file that is no ONNX or none of ours, or made for other features.
     """
     if name_or_path.startswith("tuned:"):  # longer than the name of any file
-        return RulePolicy(name_or_path)
+        return _rule_policy(name_or_path)
     path = Path(name_or_path)
     if path.is_dir() and not (path / "policy.onnx").exists():
         raise PolicyError(f"{path}: no such file as policy.onnx in this folder; give one of a run that was validated")
     path = path / "policy.onnx" if path.is_dir() else path
     if path.suffix == ".onnx" or path.exists() or len(path.parts) > 1:
         return OnnxPolicy(path)
+    return _rule_policy(name_or_path)
+
+
+def _rule_policy(name: str) -> RulePolicy:
     try:
-        return RulePolicy(name_or_path)
+        return RulePolicy(name)
     except ValueError as error:
         raise PolicyError(f"{error}; or give the path of a policy.onnx") from None
 

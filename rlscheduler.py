@@ -147,11 +147,13 @@ def rival(reference: dict[str, Any], trace: str, policy: Policy) -> dict[str, An
 def read_reference(path: Path) -> dict[str, Any]:
     try:
         reference = json.loads(path.read_text())
-        reference["published"]["order"], reference["traces"], reference["rules_without_lock_in"]["results"]
+        reference["published"]["order"], reference["rules_without_lock_in"]["results"]
+        for info in reference["traces"].values():
+            info["trace_file"], info["n_jobs_loaded"], info["max_procs"], info["protocols"]["tableV_1024x10"]
         return reference
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give the path of rlscheduler.json") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the published figures; give the path of rlscheduler.json") from None
 
 

@@ -1023,7 +1023,7 @@ def observe(sim, p, window, obs, mask):
         job_row(sim, p, i, row, mask[k * nodes : (k + 1) * nodes])
         row[POSITION] = k / window
         row[BEHIND] = sim.rank[k] / 4
-        work += p.jobs[i].requested * p.jobs[i].size
+        work += max(p.jobs[i].requested, 0.0) * p.jobs[i].size
     mask[window * nodes] = s.reserved >= 0 and not p.lock_in
     until_shadow = np.log1p(max(0.0, s.shadow - s.now)) / 12 if s.reserved >= 0 else 0.0
     for m in range(nodes):
@@ -1983,7 +1983,7 @@ class SchedulerVectorEnv(VectorEnv):
         return self._core.schedule(e)
 
     def render(self) -> tuple[Any, ...] | None:
-        """One text or image float[H, W, 3] an environment, as `render_mode` says."""
+        """One text or image uint8[H, W, 3] an environment, as `render_mode` says."""
         if self.render_mode is None:
             return None
         draw = self._text if self.render_mode == "ansi" else self._image

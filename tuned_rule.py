@@ -85,13 +85,13 @@ def costs(schedules: list[Schedule], objective: str) -> np.ndarray:
         counted = slice(len(schedule.jobs) // 20, None)
         cost, wait = getattr(schedule, METRIC[objective])[counted], schedule.wait[counted]
         rows.append((cost.mean(), np.percentile(wait, 99), wait.max(), np.sqrt((cost**2).mean())))
-    return np.array(rows)
+    return np.maximum(rows, 1e-9)  # on an idle cluster nobody waits, and ratios and logarithms are taken of this
 
 
 def badness(found: np.ndarray, base: np.ndarray) -> float:
     """What the fit minimises, of costs[S, 4] and EASY-FIFO's on the same segments: the logarithm of the mean and the
     mean of the logarithms of the costs, and what says that jobs starve: longer tails of the wait than EASY-FIFO's."""
-    ratio, (_, p99, longest, _) = found[:, 0] / base[:, 0], found.sum(0) / np.maximum(base.sum(0), 1e-9)
+    ratio, (_, p99, longest, _) = found[:, 0] / base[:, 0], found.sum(0) / base.sum(0)
     mean = 0.5 * np.log(found[:, 0].sum() / base[:, 0].sum()) + 0.5 * np.log(ratio).mean()
     return float(mean + 0.5 * max(0.0, p99 - 1.0) + 0.05 * max(0.0, longest - 2.0))
 
@@ -126,7 +126,8 @@ def tune(
     whole = simulate(workload, "easy-fifo", backfill=backfill, lock_in=lock_in)
     start[PATIENCE] = 2 * costs(whole, objective)[:, 2].max() / 3600
     free = free_weights(runs)
-    search = cma.CMAEvolutionStrategy(np.zeros(free.sum()), 0.3, {"seed": seed, "verbose": -9, "popsize": 14})
+    settings = {"seed": seed or 2**31 - 1, "verbose": -9, "popsize": 14}  # for CMA-ES a seed of 0 is the time
+    search = cma.CMAEvolutionStrategy(np.zeros(free.sum()), 0.3, settings)
 
     def weights_of(offsets: np.ndarray) -> np.ndarray:
         weights = start.copy()
@@ -169,6 +170,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -227,6 +227,7 @@ def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[...
         ("rlscheduler --traces . --reference r.json", "r.json: No such file"),
         ("rlscheduler --traces . --reference text.onnx", "text.onnx: not the published figures"),
         ("rlscheduler --traces . --reference odd.json", "lublin.swf: No such file"),
+        ("rlscheduler --traces . --reference half.json", "half.json: not the published figures"),
         ("speed --repetitions 0", "--repetitions 0: give at least 1"),
     ],
 )
@@ -239,8 +240,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.onnx").write_text("no model")
-    odd = {"published": {"order": []}, "traces": {"a": {"trace_file": "lublin.swf"}}}
+    info = {"trace_file": "lublin.swf", "n_jobs_loaded": 1, "max_procs": 1, "protocols": {"tableV_1024x10": {}}}
+    odd = {"published": {"order": []}, "traces": {"a": info}}
     Path("odd.json").write_text(json.dumps(odd | {"rules_without_lock_in": {"results": {}}}))
+    Path("half.json").write_text(json.dumps(odd | {"traces": {"a": {}}, "rules_without_lock_in": {"results": {}}}))
     write_policy(Path("cloud/policy.onnx"), resources=2)
     before = sorted(tmp_path.rglob("*"))
     command, *rest = flags.split()

@@ -219,6 +219,8 @@ def test_a_bad_file_is_named_with_its_remedy(tmp_path: Path, case: str) -> None:
 def test_an_unknown_rule_lists_the_known_ones() -> None:
     with pytest.raises(PolicyError, match=r"unknown rule 'fastest': .*sjf"):
         load_policy("fastest")
+    with pytest.raises(PolicyError, match="tuned"):
+        load_policy("tuned:1,2")
 
 
 def test_other_resources_are_refused(policy: OnnxPolicy) -> None:
@@ -324,5 +326,5 @@ def test_states_that_a_policy_cannot_decide(tmp_path: Path, policy: OnnxPolicy) 
     with pytest.raises(PolicyError, match="gives NaN"):
         load_policy(str(write_policy(tmp_path / "policy.onnx", follow=np.nan))).decide(small_state())
     policy.run_options.terminate = True
-    with pytest.raises(Exception, match="terminate"):
+    with pytest.raises(PolicyError, match=r"does not run.*terminate"):
         policy.decide(small_state())

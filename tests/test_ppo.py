@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -19,14 +20,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import tyro
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import ppo_scheduler
 from policies import load_policy
-from ppo_scheduler import Agent, Args, gae, log_prob_and_entropy, rollout, sample, some_runs
+from ppo_scheduler import Agent, Args, Trainer, gae, log_prob_and_entropy, rollout, sample, some_runs
 from scheduler_env import Layout, SchedulerVectorEnv, simulate
 from workloads import load_workload
 
@@ -261,6 +264,23 @@ def test_a_run_learns_from_the_tail_and_is_judged_by_its_objective(tmp_path: Pat
     assert all(0.5 < costs[step] / waits[step] < 2 for step in waits)  # seconds, not seconds to the power of 1.5
 
 
+@pytest.mark.parametrize(
+    ("flags", "reference"),
+    [
+        (("--reference", "easy-saf"), r"easy-saf@[\d.e+]+"),
+        (("--reference", "easy-saf", "--patience", "0"), "easy-saf"),
+        (("--reference", "easy-saf@5"), "easy-saf@5"),
+        (("--workload", "cloud", "--reference", "tetris"), "tetris"),
+        (("--reference", "tuned", "--tune-generations", "1"), r"tuned:[-\d.,e]*"),
+    ],
+)
+def test_the_reference_has_a_patience_and_keeps_it_when_resumed(tmp_path: Path, flags, reference: str) -> None:
+    args = tyro.cli(Args, args=[*SMALL, "--validation-jobs", "600", *flags])
+    chosen = Trainer(args, tmp_path, Console()).args.reference
+    assert re.fullmatch(reference, chosen)
+    assert Trainer(args, tmp_path, Console()).args.reference == chosen
+
+
 def test_kill_leaves_a_whole_checkpoint(finished: Path, tmp_path: Path) -> None:
     """kill -9 at many instants of a loop that does nothing but write checkpoints."""
     code = (
@@ -298,7 +318,11 @@ def test_bad_input_ends_with_one_line(finished: Path, tmp_path: Path) -> None:
         ((*SMALL, "--queue-window", "0"), ("queue_window", "at least 1")),
         ((*SMALL, "--reference", "alphabetical"), ("alphabetical", "easy-")),
         ((*SMALL, "--num-jobs", "100000"), ("lower num_jobs",)),
-        ((*SMALL, "--num-minibatches", "1000"), ("num_minibatches",)),
+        ((*SMALL, "--num-minibatches", "1000"), ("num_minibatches", "divisor")),
+        ((*SMALL, "--num-minibatches", "3"), ("num_minibatches", "divisor")),
+        ((*SMALL, "--num-envs", "0"), ("num_envs is 0",)),
+        ((*SMALL, "--max-tail", "0.5"), ("max_tail is 0.5",)),
+        ((*SMALL, "--validation-loads"), ("no load is given",)),
     ):
         result = script(tmp_path, *flags)
         assert result.returncode == 2, result.stderr

@@ -363,7 +363,7 @@ def test_a_late_model_is_replaced_by_its_rule(tmp_path: Path, deadline_ms: float
 
 def test_a_policy_that_does_not_answer_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "TRIAL_SECONDS", 0.2)
-    with pytest.raises(PolicyError, match="fails in a small state"):
+    with pytest.raises(PolicyError, match="its network does not run"):
         Service(Args(str(write_endless_policy(tmp_path / "policy.onnx", least=1))))
 
 
