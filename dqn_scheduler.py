@@ -509,7 +509,7 @@ class Trainer:
             # In training, rules with history are followed only approximately (`recorded_history`).
             name = self.robust_rule(workload, [name for name in RULES if "history" not in name and name != "tetris"])
         rule = parse_rule(name)
-        if args.patience == 0 or rule.patience < np.inf or rule.head in (TETRIS, TUNED):
+        if args.patience <= 0 or rule.patience < np.inf or rule.head in (TETRIS, TUNED):
             return name  # tetris has no order to put anyone in front of, a tuned rule a patience of its own
         schedules = simulate(workload, "easy-fifo", backfill=args.backfill, lock_in=args.lock_in)
         return f"{name}@{args.patience * max(schedule.wait.max() for schedule in schedules) / 3600:.3g}"
