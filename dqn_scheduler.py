@@ -86,7 +86,7 @@ class Args:
     """what to minimise"""
     learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None
     """what rewards and the choice of the reference are about, if not the objective itself: the wait says more surely
-    which choice was good than the slowdown, which a few short jobs make up; tail: waits to the power of 1.5"""
+    which choice was good than the slowdown, which a few short jobs make up; tail: squares of the waits"""
     reference: str = "auto"
     """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
     on training and validation; tuned: one that is fitted to the training jobs first"""

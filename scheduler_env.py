@@ -319,12 +319,12 @@ def dequeue(sim, p, i):
 
 @kernel
 def job_cost(p, i, begin, m):
-    """What a job that begins at that time on that node costs: latency, wait, bounded slowdown, or wait to the 1.5."""
+    """What a job that begins at that time on that node costs: latency, wait, bounded slowdown, or the wait's square."""
     wait = begin - p.jobs[i].submit
     if p.objective == WAIT:
         return wait
     if p.objective == TAIL:
-        return wait**1.5
+        return wait * wait
     latency = wait + p.jobs[i].run / p.speed[m]
     if p.objective == LATENCY:
         return latency
@@ -337,7 +337,7 @@ def waiting_cost(p, i, now):
     wait = now - p.jobs[i].submit
     if p.objective == SLOWDOWN:
         return max(0.0, (wait + p.jobs[i].run) / max(p.jobs[i].run, SLOWDOWN_BOUND) - 1.0)
-    return wait**1.5 if p.objective == TAIL else wait
+    return wait * wait if p.objective == TAIL else wait
 
 
 @kernel
@@ -1823,7 +1823,7 @@ class SchedulerVectorEnv(VectorEnv):
         queue_window: K, how many queued jobs the agent sees: all or, where there are more, the oldest for one half and
             the first in the reference's order for the other.
         backfill: "easy", or "none": a reservation blocks until the next event.
-        objective: "latency", "wait", "slowdown" or "tail" (waits to the power of 1.5: long ones count for more).
+        objective: "latency", "wait", "slowdown" or "tail" (squares of the waits: long ones count for more).
         reward: "improvement": what the choice gained over the reference rule, relative to its cost in the episode, by
             simulating the rule to the end (potential-based shaping, Ng, Harada & Russell 1999, with Bertsekas'
             roll-out as potential); "cost": minus the cost that accrued, per job.

@@ -85,7 +85,7 @@ def job_costs(schedule: Schedule, objective: str) -> np.ndarray:
     wait = schedule.start_time - jobs.submit_time
     latency = wait + jobs.run_time / schedule.cluster.speed[schedule.node]
     slowdown = np.maximum(1.0, latency / np.maximum(jobs.run_time, 10.0))
-    return {"wait": wait, "latency": latency, "slowdown": slowdown, "tail": wait**1.5}[objective]
+    return {"wait": wait, "latency": latency, "slowdown": slowdown, "tail": wait**2}[objective]
 
 
 def within(demand: np.ndarray, room: np.ndarray) -> bool:

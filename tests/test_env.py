@@ -208,7 +208,7 @@ def test_after_a_warm_up_the_gain_is_relative_to_the_cost_still_to_come(workload
     slow.warm_up(reference, 6)
     wait, run = slow.now - workload.jobs.submit_time[slow.queue], workload.jobs.run_time[slow.queue]
     slowdown = np.maximum(0, (wait + run) / np.maximum(run, 10) - 1)
-    accrued = {"slowdown": slowdown, "tail": wait**1.5}.get(objective, wait)
+    accrued = {"slowdown": slowdown, "tail": wait**2}.get(objective, wait)
     counted = np.setdiff1d(np.arange(len(workload.jobs)), slow.order)
     cost, mine = job_costs(reference, objective), job_costs(episode.schedule, objective)
     base = cost[counted].sum() - accrued.sum()
