@@ -103,7 +103,8 @@ def short(command: str) -> str:
 
 
 def workload_of(command: str) -> str:
-    if "--resume" in command or "slurm_agent.py" in command:  # any run of a trace would do, and this one is the fastest
+    # Any run of a trace would do for these, and this one is the fastest.
+    if any(word in command for word in ("--resume", "slurm_agent.py", "rlscheduler")):
         return "my_cluster.swf.gz"
     found = re.search(r"--workload (\S+)", command)
     return found[1] if found else "cloud"
