@@ -1,11 +1,13 @@
 """Hypothesis: the same examples in every run, and as many as two slow cores can take."""
 
+import signal
 import sys
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's files, also where plain `pytest` is called
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so do theirs
 
 settings.register_profile(
     "deterministic",

@@ -112,7 +112,7 @@ def test_search_finds_what_matters_and_stops_bad_runs(describe: Callable[..., No
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_study_goes_on_with_its_runs(describe: Callable[..., None], blow: signal.Signals) -> None:
-    describe(parameters=DESCRIPTION["parameters"] | {"pause": {"value": 0.8}})
+    describe(parameters=DESCRIPTION["parameters"] | {"pause": {"value": 0.4}})
     process = subprocess.Popen(command("--trials", 2, "--workers", 2), stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while time.time() < deadline and len(list(Path("runs").glob("*/checkpoint.pt"))) < 2:
