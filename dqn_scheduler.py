@@ -58,7 +58,7 @@ from scheduler_env import (
     simulate,
 )
 from tuned_rule import costs, tune
-from workloads import Workload, at_loads, load_workload, replacing, write_json
+from workloads import Workload, at_loads, load_workload, replacing, workload_name, write_json
 
 
 @dataclass
@@ -793,8 +793,7 @@ def main(args: Args) -> None:
         if not args.n_step < args.buffer_steps:
             raise ValueError(f"n_step is {args.n_step}; use less than buffer_steps, which is {args.buffer_steps}")
         args.num_iterations = max(1, args.total_timesteps // (args.num_envs * args.num_steps))
-        name = Path(args.workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl")
-        folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        folder = Path("runs") / f"{workload_name(args.workload)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     trainer = Trainer(args, folder, console)
     if resume:
         trainer.restore()

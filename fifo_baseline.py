@@ -24,7 +24,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from scheduler_env import Schedule, parse_rule, simulate
-from workloads import load_workload, write_json
+from workloads import load_workload, workload_name, write_json
 
 EPISODE_JOBS = 512  # the environment's default `num_jobs`
 CHARTS = ("latency", "wait", "bounded_slowdown", "utilization")
@@ -130,8 +130,7 @@ def table_of(args: Args, results: dict[str, dict[str, float]]) -> Table:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    trace = Path(args.workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl")
-    args.run_name = f"{trace}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    args.run_name = f"{workload_name(args.workload)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     try:
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")

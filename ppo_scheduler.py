@@ -57,7 +57,7 @@ from scheduler_env import (
     simulate,
 )
 from tuned_rule import costs, tune
-from workloads import Workload, at_loads, load_workload, replacing, write_json
+from workloads import Workload, at_loads, load_workload, replacing, workload_name, write_json
 
 
 @dataclass
@@ -759,8 +759,7 @@ def main(args: Args) -> None:
             )
         args.minibatch_size = args.batch_size // args.num_minibatches
         args.num_iterations = max(1, args.total_timesteps // args.batch_size)
-        name = Path(args.workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl")
-        folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        folder = Path("runs") / f"{workload_name(args.workload)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     trainer = Trainer(args, folder, console)
     if resume:
         trainer.restore()

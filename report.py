@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
 from scheduler_env import Schedule, gantt_chart
-from workloads import replacing
+from workloads import replacing, workload_name
 
 HOUR, DAY = 3_600.0, 86_400.0
 INK, GRID = "#1f2329", "#d9dce1"  # in the page these become its own colours
@@ -169,7 +169,7 @@ def share(value: float) -> str:
 
 
 def title(results: dict[str, Any]) -> str:
-    return f"{Path(results['workload']).name.removesuffix('.gz').removesuffix('.swf')}: who waits how long"
+    return f"{workload_name(results['workload'])}: who waits how long"
 
 
 def verdict(results: dict[str, Any], look: Look) -> str:

@@ -126,6 +126,11 @@ class Workload:
             )
 
 
+def workload_name(workload: str) -> str:
+    """What runs are called after: the preset's name, or the trace's without folder and endings."""
+    return Path(workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which then takes the place of `path`: killed at any instant, the old or the new is whole."""

@@ -126,6 +126,12 @@ def test_replay_gives_successive_decisions_of_one_cluster_and_forgets_the_oldest
     assert torch.equal(replay.actions[rows, cluster[:, None]].float(), steps)
 
 
+def test_exploring_is_legal_even_where_all_draws_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    assert explore(torch.tensor([1]), torch.tensor([[0.0, 1.0, 1.0]]), torch.ones(1)).tolist() == [1]
+    assert explore(torch.tensor([1]), torch.tensor([[0.0, 0.0, 1.0]]), torch.ones(1)).tolist() == [2]
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
 def test_an_update_is_a_gradient_step_on_the_huber_loss(gamma: float) -> None:
     """Of the whole batch, whatever threads share it."""
