@@ -215,11 +215,9 @@ def block_metrics(schedule: Schedule, block: slice) -> list[float]:
     """
     jobs, cluster = schedule.jobs, schedule.cluster
     own = Schedule(jobs[block], cluster, schedule.start_time[block], schedule.node[block])
-    begin, end = own.jobs.submit_time[0], own.jobs.submit_time[0] + own.makespan
-    overlap = np.minimum(schedule.start_time + schedule.service_time, end) - np.maximum(schedule.start_time, begin)
-    used = np.maximum(overlap, 0) @ jobs.demand / cluster.capacity.sum(0)
-    means = own.latency.mean(), own.wait.mean(), own.bounded_slowdown.mean()
-    return [*means, used.mean() / own.makespan, own.makespan]
+    begin = own.jobs.submit_time[0]
+    utilization = schedule.utilization_between(begin, begin + own.makespan)
+    return [own.latency.mean(), own.wait.mean(), own.bounded_slowdown.mean(), utilization, own.makespan]
 
 
 def bootstrap_weights(blocks: int, seed: int) -> np.ndarray:

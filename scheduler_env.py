@@ -20,6 +20,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -459,8 +460,28 @@ def next_event(sim, p):
 
 
 @kernel
+def next_second(sim):
+    """How many running jobs are late, and how many are late or due within the next second."""
+    s, late = sim.s[0], 0
+    while late < s.running and sim.dues[late].time <= s.now:
+        late += 1
+    soon = late
+    while soon < s.running and sim.dues[soon].time < s.now + 1.0:
+        soon += 1
+    return late, soon
+
+
+@kernel
+def release(sim, k, late, soon):
+    """The k-th job to end, and when, if running jobs ended as requested (late ones: in a second, so after `soon`)."""
+    if k < soon:
+        k = k + late if k < soon - late else k - (soon - late)
+    return sim.dues[k].job, sim.dues[k].time if k >= late else sim.s[0].now + 1.0
+
+
+@kernel
 def shadow_time(sim, p, i, m, spare):
-    """When job i would fit on node m if running jobs ended as requested (overdue ones: in a second).
+    """When job i would fit on node m if running jobs ended as requested (late ones: in a second).
 
     Leaves in `spare` what is free at that time beside the job.
     """
@@ -471,13 +492,13 @@ def shadow_time(sim, p, i, m, spare):
     missing = False
     for r in range(spare.shape[0]):
         missing |= spare[r] < -1e-9
+    late, soon = next_second(sim)
     for k in range(s.running):
         if not missing:
             break
-        j = sim.dues[k].job
+        j, end = release(sim, k, late, soon)
         if sim.plan[j].node == m:
-            when = max(when, sim.dues[k].time if sim.dues[k].time > s.now else s.now + 1.0)
-            missing = False
+            when, missing = end, False
             for r in range(spare.shape[0]):
                 spare[r] += p.demand[j, r]
                 missing |= spare[r] < -1e-9
@@ -490,9 +511,9 @@ def earliest_start(sim, p, i):
     s = sim.s[0]
     when = s.now
     copy_rows(sim.free, sim.room)
+    late, soon = next_second(sim)
     for k in range(s.running):
-        when = max(when, sim.dues[k].time if sim.dues[k].time > s.now else s.now + 1.0)
-        j = sim.dues[k].job
+        j, when = release(sim, k, late, soon)
         m = sim.plan[j].node
         enough = True
         for r in range(p.demand.shape[1]):
@@ -630,13 +651,12 @@ def choose_reservation(sim, p, i):
     """The node on which job i would end first if running jobs ended as requested."""
     s = sim.s[0]
     best, best_end = -1, np.inf
-    when = s.now
     copy_rows(sim.free, sim.room)
+    late, soon = next_second(sim)
     for k in range(s.running):
-        when = max(when, sim.dues[k].time if sim.dues[k].time > s.now else s.now + 1.0)
+        j, when = release(sim, k, late, soon)
         if when + p.jobs[i].requested / p.fastest >= best_end:
             break
-        j = sim.dues[k].job
         m = sim.plan[j].node
         end = when + p.jobs[i].requested / p.speed[m]
         enough = end < best_end
@@ -1368,8 +1388,14 @@ class Schedule:
     @property
     def utilization(self) -> float:
         """Work done over capacity, from the first submission to the last completion (mean over resources)."""
-        work = (self.service_time[:, None] * self.jobs.demand).sum(0)
-        return float((work / self.cluster.capacity.sum(0)).mean() / self.makespan)
+        begin = self.jobs.submit_time.min()
+        return self.utilization_between(begin, begin + self.makespan)
+
+    def utilization_between(self, begin: float, end: float) -> float:
+        """Work done over capacity between two times in seconds (mean over resources)."""
+        overlap = np.minimum(self.start_time + self.service_time, end) - np.maximum(self.start_time, begin)
+        work = np.maximum(overlap, 0) @ self.jobs.demand
+        return float((work / self.cluster.capacity.sum(0)).mean() / (end - begin))
 
     def metrics(self) -> dict[str, float]:
         """Means of the per-job metrics, the tails of the wait, and the figures of the whole."""
@@ -1586,6 +1612,8 @@ def _check(jobs: Jobs, cluster: Cluster) -> None:
         raise ValueError("the workload has no jobs")
     if not (np.isfinite(jobs.submit_time).all() and (jobs.run_time > 0).all()):
         raise ValueError("the workload has a submit time that is not finite or a run time that is not positive")
+    if (jobs.requested_time == 0).any() or not (jobs.demand >= 0).all():  # -1 s: unknown, in published sequences
+        raise ValueError("the workload has a job that requests 0 seconds or less than nothing of a resource")
     fitting = np.zeros(len(jobs), bool)
     for capacity in cluster.capacity:
         fitting |= (jobs.demand <= capacity).all(1)
@@ -1955,7 +1983,8 @@ class SchedulerVectorEnv(VectorEnv):
         return self._obs
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on from here as if never interrupted."""
+        """Everything that `load_state_dict` needs to go on from here as if never interrupted. Not a copy: what has to
+        outlive the next step is saved, or copied (`copy.deepcopy`)."""
         names = ("_obs", "_mask", "_generators")
         return {"batch": self._core.batch._asdict(), **{name: getattr(self, name) for name in names}}
 
@@ -1963,7 +1992,8 @@ class SchedulerVectorEnv(VectorEnv):
         """Go on where an environment with the same arguments was when it gave its `state_dict`."""
         for name, array in state["batch"].items():
             getattr(self._core.batch, name)[...] = array
-        self._obs[...], self._mask[...], self._generators = state["_obs"], state["_mask"], state["_generators"]
+        self._obs[...], self._mask[...] = state["_obs"], state["_mask"]
+        self._generators = deepcopy(state["_generators"])
 
     def action_masks(self) -> np.ndarray:
         """bool[num_envs, K*M + 1]: the legal actions (where sb3-contrib looks for them)."""
@@ -2009,10 +2039,13 @@ class SchedulerVectorEnv(VectorEnv):
         self._core.step(np.asarray(actions, np.int64), self._plan, self._obs, self._mask, *out)
 
     def _final_info(self, e: int) -> dict[str, Any]:
-        metrics = self._core.schedule(e, self.warmup_jobs, self.warmup_jobs + self.num_jobs).metrics()
-        s = self._core.batch.s[e]
+        """Of the agent's jobs; the utilization is the machine's while it decided, whoever's jobs it ran."""
+        whole = self._core.schedule(e)
+        own = self._core.schedule(e, self.warmup_jobs, self.warmup_jobs + self.num_jobs)
+        s, begin = self._core.batch.s[e], own.jobs.submit_time[0]
         return {
-            **metrics,
+            **own.metrics(),
+            "utilization": whole.utilization_between(begin, max(s["now"], begin + 1.0)),
             "return": float(s["returned"]),
             "decisions": int(s["decisions"]),
             "first_job": int(s["first"]),

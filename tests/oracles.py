@@ -172,13 +172,14 @@ class SlowCluster:
         return within(self.jobs.demand[i], self.free(m))
 
     def shadow(self, i: int, m: int) -> tuple[float, np.ndarray]:
-        """When job i fits on node m if running jobs end as requested (overdue ones in a second), and what is spare."""
+        """When job i fits on node m if running jobs end as requested (late ones in a second), and what is spare."""
         due = {j: self.start[j] + self.requested[j, m] for j in self.running(m)}
+        due = {j: end if end > self.now else self.now + 1.0 for j, end in due.items()}
         when, free = self.now, self.free(m)
         for j in sorted(due, key=lambda j: (due[j], j)):
             if within(self.jobs.demand[i], free):
                 break
-            when = max(when, due[j] if due[j] > self.now else self.now + 1.0)
+            when = due[j]
             free = free + self.jobs.demand[j]
         return when, free - self.jobs.demand[i]
 

@@ -589,6 +589,23 @@ def test_final_info_sums_up_the_episode(cloud):
     }
     assert {name: info[name] for name in expected} == pytest.approx(expected, rel=1e-12)
     assert len(schedule.jobs) == 50 and schedule.jobs.job_id[0] == cloud.jobs.job_id[info["first_job"]]
+    begin, end = schedule.jobs.submit_time[10], env.envs._core.batch.s["now"][0]
+    times = np.unique(np.clip([schedule.start_time, schedule.start_time + schedule.service_time], begin, end))
+    middle, length = (times[1:] + times[:-1]) / 2, np.diff(times)
+    running = (schedule.start_time <= middle[:, None]) & (middle[:, None] < schedule.start_time + schedule.service_time)
+    share = (running @ schedule.jobs.demand / schedule.cluster.capacity.sum(0)).mean(1)
+    assert info["utilization"] == pytest.approx(share @ length / (end - begin), rel=1e-9) and share.max() > 0
+
+
+def test_a_state_that_two_environments_load_is_not_shared(cloud):
+    first, second = (SchedulerVectorEnv(2, cloud, num_jobs=20, warmup_jobs=5, followup_jobs=5) for _ in range(2))
+    first.reset(seed=3)
+    second.load_state_dict(first.state_dict())
+    began = first._core.batch.s["first"].tolist()
+    for _ in range(60):
+        ours, theirs = (env.step(env.rule_actions()) for env in (first, second))
+        assert np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[1], theirs[1])
+    assert began != first._core.batch.s["first"].tolist()  # new episodes have been drawn, the same ones
 
 
 @given(workload=workloads(min_jobs=3, max_jobs=30), seed=SEEDS, lock_in=st.booleans(), rule=st.sampled_from(RULES))

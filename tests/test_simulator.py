@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_workload, simulate_one, within, workloads
 
-from scheduler_env import EASY, GREEDY, RULES, STATIC, Rule, Schedule, parse_rule, simulate
+from scheduler_env import EASY, GREEDY, JOB_FEATURES, RULES, STATIC, Rule, Schedule, SchedulerEnv, parse_rule, simulate
 from workloads import Cluster, Jobs, Workload
 
 GREEDY_RULES = [rule for rule in RULES if parse_rule(rule).mode == GREEDY]
@@ -271,6 +271,20 @@ def test_a_shadow_time_less_than_a_second_ahead_is_kept():
     assert simulate_one(workload, "easy-fifo").start_time.tolist() == [0, 0.5, 1.5]
 
 
+def test_a_late_job_on_one_node_moves_no_other_nodes_shadow_time():
+    rows = (0, 100, 5, 2), (0, 10.5, 10.5, 1), (10, 50, 50, 2), (10, 40, 40, 1)
+    workload = table(2, *rows)
+    workload = replace(workload, cluster=Cluster(np.full((2, 1), 2.0), np.ones(2), ("procs",)))
+    schedule = simulate_one(workload, "easy-fifo")  # at 10 the head is promised 10.5 on node 1, not 11 on node 0
+    assert schedule.start_time.tolist() == [0, 0, 10.5, 60.5] and schedule.node.tolist() == [0, 1, 1, 1]
+    env = SchedulerEnv(workload, num_jobs=4, warmup_jobs=0, followup_jobs=0, queue_window=4, reference="easy-fifo")
+    obs, _ = env.reset(seed=0)
+    for _ in range(2):
+        obs, *_ = env.step(int(env.envs.rule_actions()[0]))
+    waits = env.split(obs).jobs[0, JOB_FEATURES.index("earliest_start")]
+    assert np.expm1(12 * waits) == pytest.approx(0.5, abs=1e-4)
+
+
 def test_all_completions_and_arrivals_of_an_instant_come_before_decisions():
     workload = table(2, (0, 10, 10, 1), (0, 10, 10, 1), (1, 5, 5, 2), (10, 1, 1, 1))
     assert simulate_one(workload, "sjf").start_time.tolist() == [0, 0, 11, 10]
@@ -404,6 +418,12 @@ def test_every_rule_has_its_own_name():
 def test_a_job_larger_than_every_node_is_named():
     with pytest.raises(ValueError, match=r"job 2 asks for \[5\.0\]"):
         simulate(two_nodes((1, 1), (4, 4), (0, 1, 1, 4), (0, 1, 1, 5)), "fifo")
+
+
+@pytest.mark.parametrize("row", [(0, 10, 0, 1), (0, 10, 10, -1)])
+def test_a_request_of_no_time_and_a_negative_demand_are_refused(row):
+    with pytest.raises(ValueError, match="requests 0 seconds or less than nothing"):
+        simulate(table(2, row), "fifo")
 
 
 def test_a_workload_without_jobs_is_refused():
