@@ -41,6 +41,7 @@ from policies import load_policy
 from scheduler_env import (
     CLUSTER_FEATURES,
     CLUSTER_WIDTH,
+    EASY,
     JOB_FEATURES,
     JOB_WIDTH,
     METRIC,
@@ -86,7 +87,8 @@ class Args:
     """what to minimise"""
     learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None
     """what rewards and the choice of the reference are about, if not the objective itself: the wait says more surely
-    which choice was good than the slowdown, which a few short jobs make up; tail: squares of the waits"""
+    which choice was good than the slowdown, which a few short jobs make up; tail: squares of the waits. A tuned
+    reference is fitted to the objective"""
     reference: str = "auto"
     """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
     on training and validation; tuned: one that is fitted to the training jobs first"""
@@ -113,13 +115,14 @@ class Args:
     lock_in: bool = False
     """RLScheduler's semantics: a chosen job holds the queue until it has started"""
     num_evaluations: int = 10
-    """how often the policy is replayed on the validation split; the best one is kept"""
+    """how often the policy is replayed on the validation split, besides what it starts from; the best one is kept"""
     validation_loads: tuple[float, ...] = (0.9, 1.0, 1.1)
     """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
     validation_jobs: int = 65_000
     """at most so many jobs are replayed, all loads together"""
     max_tail: float = 1.2
-    """the p99 of the wait on validation may be at most so many times EASY-FIFO's, the longest three times as many"""
+    """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's), the
+    longest three times as many"""
 
     # Algorithm specific arguments
     total_timesteps: int = 1_500_000
@@ -359,13 +362,14 @@ def update(
         return torch.autograd.grad(loss, parameters), torch.stack([loss, values.mean()]).detach()
 
     count = 1 if replay.obs.is_cuda else 2
-    halves = (sampled.chunk(count) for sampled in replay.sample(args.batch_size, args.n_step))
-    parts, logged = zip(*THREADS.map(gradients, *halves), strict=True)
+    rows, clusters = (sampled.chunk(count) for sampled in replay.sample(args.batch_size, args.n_step))
+    parts, logged = zip(*THREADS.map(gradients, rows, clusters), strict=True)
+    shares = torch.tensor([len(half) / args.batch_size for half in rows], device=replay.obs.device)
     for parameter, *grads in zip(parameters, *parts, strict=True):
-        parameter.grad = torch.stack(grads).mean(0)
+        parameter.grad = torch.tensordot(shares, torch.stack(grads), 1)
     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     optimizer.step()
-    return torch.stack(logged).mean(0)
+    return shares @ torch.stack(logged)
 
 
 @torch.no_grad()
@@ -461,8 +465,10 @@ class Trainer:
         self.segments = some_runs(self.validation.segments, args.validation_jobs, len(args.validation_loads))
         known = [name for name in RULES if name != "tetris" or not args.lock_in]  # lock_in needs an order of jobs
         self.rules = {name: self.judge_rule(name, self.validation, self.segments) for name in known}
-        self.best_rule = min(filter(self.acceptable, known), key=lambda name: self.rules[name].cost)
-        [self.example] = simulate(self.validation, self.best_rule, self.segments[:1])
+        rivals = [name for name in known if self.can_follow(name)]
+        self.best_rule = min(filter(self.acceptable, rivals), key=lambda name: self.rules[name].cost)
+        semantics = {"backfill": args.backfill, "lock_in": args.lock_in}
+        [self.example] = simulate(self.validation, self.best_rule, self.segments[:1], **semantics)
         submitted, started = self.example.jobs.submit_time, np.sort(self.example.start_time)
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
@@ -485,7 +491,8 @@ class Trainer:
         self.proposed: tuple[int, Future[list[Schedule]]] | None = None
         self.judged = -1  # the iteration that was judged last
         # Until a policy is better than every rule on validation, the file stands for the best rule.
-        self.stands_for: str | None = min(filter(self.acceptable, self.rules), key=lambda name: self.rules[name].cost)
+        kept = filter(self.acceptable, (*rivals, args.reference))
+        self.stands_for: str | None = min(kept, key=lambda name: self.rules[name].cost)
         self.best_cost = self.rules[self.stands_for].cost
 
     def judge_rule(
@@ -497,9 +504,20 @@ class Trainer:
         )
         return judge(schedules, objective or args.objective)
 
+    def can_follow(self, rule: str) -> bool:
+        """Whether the agent may do what the rule does: without backfilling it may not."""
+        return self.args.backfill == "easy" or self.args.lock_in or parse_rule(rule).mode != EASY
+
+    @property
+    def yardstick(self) -> str:
+        """The rule whose tail of the wait is the measure: EASY-FIFO or, without backfilling, FIFO."""
+        return "easy-fifo" if self.can_follow("easy-fifo") else "fifo"
+
     def choose_reference(self, workload: Workload, console: Console) -> str:
         """The rule that training starts from and rewards are relative to; it gets `--patience` where it has none."""
         args, name = self.args, self.args.reference
+        if name != "auto" and not self.can_follow("easy-fifo" if name == "tuned" else name):
+            raise ValueError(f"reference {name} backfills; with --backfill none use auto or a rule without easy-")
         if name == "tuned":
             return tune(
                 workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
@@ -507,11 +525,12 @@ class Trainer:
             )  # fmt: skip
         if name == "auto":
             # In training, rules with history are followed only approximately (`recorded_history`).
-            name = self.robust_rule(workload, [name for name in RULES if "history" not in name and name != "tetris"])
+            without = [name for name in RULES if "history" not in name and name != "tetris"]
+            name = self.robust_rule(workload, [name for name in without if self.can_follow(name)])
         rule = parse_rule(name)
         if args.patience <= 0 or rule.patience < np.inf or rule.head in (TETRIS, TUNED):
             return name  # tetris has no order to put anyone in front of, a tuned rule a patience of its own
-        schedules = simulate(workload, "easy-fifo", backfill=args.backfill, lock_in=args.lock_in)
+        schedules = simulate(workload, self.yardstick, backfill=args.backfill, lock_in=args.lock_in)
         return f"{name}@{args.patience * max(schedule.wait.max() for schedule in schedules) / 3600:.3g}"
 
     def robust_rule(self, training: Workload, names: list[str]) -> str:
@@ -531,7 +550,7 @@ class Trainer:
     def acceptable(self, found: Judgement | str) -> bool:
         """No gain is bought with starvation: the tail of the wait is not much longer than EASY-FIFO's."""
         found = self.rules[found] if isinstance(found, str) else found
-        base, factor = self.rules["easy-fifo"], self.args.max_tail
+        base, factor = self.rules[self.yardstick], self.args.max_tail
         return found.wait_p99 <= factor * base.wait_p99 and found.wait_max <= 3 * factor * base.wait_max
 
     def start(self) -> None:
@@ -590,7 +609,8 @@ class Trainer:
 
         Returns the number of decisions before it, what is logged, and the first replay.
         """
-        (self.judged, replay), self.proposed = self.proposed, None
+        self.judged, replay = self.proposed
+        self.proposed = None
         schedules, candidate = replay.result(), self.folder / "candidate.onnx"
         found = judge(schedules, self.args.objective)
         if found.cost < self.best_cost and self.acceptable(found):
@@ -677,7 +697,7 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                         trainer.updates += 1
                         if trainer.updates % args.target_frequency == 0:
                             move_target(agent, trainer.target, args.tau)
-                losses = dict(zip(("td_loss", "q_values"), (sums / max(1, count)).tolist(), strict=True))
+                losses = dict(zip(("td_loss", "q_values"), (sums / count).tolist(), strict=True)) if count else {}
                 trainer.average.update_parameters(agent)
                 trainer.iteration += 1
                 step = trainer.iteration * args.num_envs * args.num_steps
@@ -768,9 +788,10 @@ def log_end(trainer: Trainer) -> None:
 
 def check(args: Args) -> None:
     """Raises ValueError: what would fail later, and say less."""
-    for name in ("num_envs", "num_steps", "max_tail", "target_frequency"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; use 1 or more")
+    least = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "hidden": 1, "target_frequency": 1}
+    for name, value in (least | {"n_step": 1, "batch_size": 1}).items():
+        if getattr(args, name) < value:
+            raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
     if not args.validation_loads or not args.training_loads:
         raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
 
@@ -829,6 +850,7 @@ def main(args: Args) -> None:
     else:
         console.print(
             f"Compare on the test split: python benchmark.py compare --workload {args.workload} "
+            f"--objective {args.objective} "
             f"--policies {' '.join(dict.fromkeys(('fifo', 'easy-fifo', trainer.best_rule)))} {folder}/policy.onnx"
         )
 

@@ -40,6 +40,7 @@ from policies import load_policy
 from scheduler_env import (
     CLUSTER_FEATURES,
     CLUSTER_WIDTH,
+    EASY,
     JOB_FEATURES,
     JOB_WIDTH,
     METRIC,
@@ -85,7 +86,8 @@ class Args:
     """what to minimise"""
     learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None
     """what rewards and the choice of the reference are about, if not the objective itself: the wait says more surely
-    which choice was good than the slowdown, which a few short jobs make up; tail: squares of the waits"""
+    which choice was good than the slowdown, which a few short jobs make up; tail: squares of the waits. A tuned
+    reference is fitted to the objective"""
     reference: str = "auto"
     """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
     on training and validation; tuned: one that is fitted to the training jobs first"""
@@ -112,13 +114,14 @@ class Args:
     lock_in: bool = False
     """RLScheduler's semantics: a chosen job holds the queue until it has started"""
     num_evaluations: int = 10
-    """how often the policy is replayed on the validation split; the best one is kept"""
+    """how often the policy is replayed on the validation split, besides what it starts from; the best one is kept"""
     validation_loads: tuple[float, ...] = (0.9, 1.0, 1.1)
     """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
     validation_jobs: int = 65_000
     """at most so many jobs are replayed, all loads together"""
     max_tail: float = 1.2
-    """the p99 of the wait on validation may be at most so many times EASY-FIFO's, the longest three times as many"""
+    """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's), the
+    longest three times as many"""
 
     # Algorithm specific arguments
     total_timesteps: int = 1_500_000
@@ -152,7 +155,8 @@ class Args:
     reward_scale: float = 100.0
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
-    """initial log-odds of the reference's own choice (learned from there on): the policy starts near the rule"""
+    """initial log-odds of the reference's own choice against all the others together, where there are many (learned
+    from there on): the policy starts near the rule"""
     hidden: int = 32
     """width of the network"""
     ema_decay: float = 0.95
@@ -213,7 +217,7 @@ class Agent(nn.Module):
         nodes = nodes.index_select(0, owner)
         demand, free = rows[:, None, JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
         scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
-        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # as strong whatever there is to choose
+        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # whatever there is to choose
         scores = scores + bonus.index_select(0, owner) * rows[:, RULE_CHOICE, None] * nodes[..., RULE_NODE]
         pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + node.shape[1:2])
         pairs = pairs.masked_scatter(present[..., None], scores)
@@ -355,12 +359,14 @@ def update(
     sums = torch.zeros(5, device=obs.device)
     for _ in range(args.update_epochs):
         for mb in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
-            parts, logged = zip(*THREADS.map(gradients, mb.chunk(1 if obs.is_cuda else 2)), strict=True)
+            halves = mb.chunk(1 if obs.is_cuda else 2)
+            parts, logged = zip(*THREADS.map(gradients, halves), strict=True)
+            shares = torch.tensor([len(half) / len(mb) for half in halves], device=obs.device)
             for parameter, *grads in zip(parameters, *parts, strict=True):
-                parameter.grad = torch.stack(grads).mean(0)
+                parameter.grad = torch.tensordot(shares, torch.stack(grads), 1)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            sums += torch.stack(logged).mean(0)
+            sums += shares @ torch.stack(logged)
     means = (sums / (args.update_epochs * args.num_minibatches)).tolist()
     losses = dict(zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), means, strict=True))
     unexplained = (returns - batch.values.flatten()).var() / returns.var().clamp(min=1e-12)
@@ -443,8 +449,10 @@ class Trainer:
         self.segments = some_runs(self.validation.segments, args.validation_jobs, len(args.validation_loads))
         known = [name for name in RULES if name != "tetris" or not args.lock_in]  # lock_in needs an order of jobs
         self.rules = {name: self.judge_rule(name, self.validation, self.segments) for name in known}
-        self.best_rule = min(filter(self.acceptable, known), key=lambda name: self.rules[name].cost)
-        [self.example] = simulate(self.validation, self.best_rule, self.segments[:1])
+        rivals = [name for name in known if self.can_follow(name)]
+        self.best_rule = min(filter(self.acceptable, rivals), key=lambda name: self.rules[name].cost)
+        semantics = {"backfill": args.backfill, "lock_in": args.lock_in}
+        [self.example] = simulate(self.validation, self.best_rule, self.segments[:1], **semantics)
         submitted, started = self.example.jobs.submit_time, np.sort(self.example.start_time)
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
@@ -465,7 +473,8 @@ class Trainer:
         self.proposed: tuple[int, Future[list[Schedule]]] | None = None
         self.judged = -1  # the iteration that was judged last
         # Until a policy is better than every rule on validation, the file stands for the best rule.
-        self.stands_for: str | None = min(filter(self.acceptable, self.rules), key=lambda name: self.rules[name].cost)
+        kept = filter(self.acceptable, (*rivals, args.reference))
+        self.stands_for: str | None = min(kept, key=lambda name: self.rules[name].cost)
         self.best_cost = self.rules[self.stands_for].cost
 
     def judge_rule(
@@ -477,9 +486,20 @@ class Trainer:
         )
         return judge(schedules, objective or args.objective)
 
+    def can_follow(self, rule: str) -> bool:
+        """Whether the agent may do what the rule does: without backfilling it may not."""
+        return self.args.backfill == "easy" or self.args.lock_in or parse_rule(rule).mode != EASY
+
+    @property
+    def yardstick(self) -> str:
+        """The rule whose tail of the wait is the measure: EASY-FIFO or, without backfilling, FIFO."""
+        return "easy-fifo" if self.can_follow("easy-fifo") else "fifo"
+
     def choose_reference(self, workload: Workload, console: Console) -> str:
         """The rule that training starts from and rewards are relative to; it gets `--patience` where it has none."""
         args, name = self.args, self.args.reference
+        if name != "auto" and not self.can_follow("easy-fifo" if name == "tuned" else name):
+            raise ValueError(f"reference {name} backfills; with --backfill none use auto or a rule without easy-")
         if name == "tuned":
             return tune(
                 workload, args.objective, args.seed, args.tune_generations, backfill=args.backfill,
@@ -487,11 +507,12 @@ class Trainer:
             )  # fmt: skip
         if name == "auto":
             # In training, rules with history are followed only approximately (`recorded_history`).
-            name = self.robust_rule(workload, [name for name in RULES if "history" not in name and name != "tetris"])
+            without = [name for name in RULES if "history" not in name and name != "tetris"]
+            name = self.robust_rule(workload, [name for name in without if self.can_follow(name)])
         rule = parse_rule(name)
         if args.patience <= 0 or rule.patience < np.inf or rule.head in (TETRIS, TUNED):
             return name  # tetris has no order to put anyone in front of, a tuned rule a patience of its own
-        schedules = simulate(workload, "easy-fifo", backfill=args.backfill, lock_in=args.lock_in)
+        schedules = simulate(workload, self.yardstick, backfill=args.backfill, lock_in=args.lock_in)
         return f"{name}@{args.patience * max(schedule.wait.max() for schedule in schedules) / 3600:.3g}"
 
     def robust_rule(self, training: Workload, names: list[str]) -> str:
@@ -511,7 +532,7 @@ class Trainer:
     def acceptable(self, found: Judgement | str) -> bool:
         """No gain is bought with starvation: the tail of the wait is not much longer than EASY-FIFO's."""
         found = self.rules[found] if isinstance(found, str) else found
-        base, factor = self.rules["easy-fifo"], self.args.max_tail
+        base, factor = self.rules[self.yardstick], self.args.max_tail
         return found.wait_p99 <= factor * base.wait_p99 and found.wait_max <= 3 * factor * base.wait_max
 
     def start(self) -> None:
@@ -565,7 +586,8 @@ class Trainer:
 
         Returns the number of decisions before it, what is logged, and the first replay.
         """
-        (self.judged, replay), self.proposed = self.proposed, None
+        self.judged, replay = self.proposed
+        self.proposed = None
         schedules, candidate = replay.result(), self.folder / "candidate.onnx"
         found = judge(schedules, self.args.objective)
         if found.cost < self.best_cost and self.acceptable(found):
@@ -730,9 +752,12 @@ def log_end(trainer: Trainer) -> None:
 
 def check(args: Args) -> None:
     """Raises ValueError: what would fail later, and say less."""
-    for name in ("num_envs", "num_steps", "max_tail"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; use 1 or more")
+    least = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "hidden": 1, "update_epochs": 1}
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
+    if args.num_envs * args.num_steps < 2:
+        raise ValueError("num_envs * num_steps is 1; an update needs 2 decisions or more")
     if not args.validation_loads or not args.training_loads:
         raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
 
@@ -793,6 +818,7 @@ def main(args: Args) -> None:
     else:
         console.print(
             f"Compare on the test split: python benchmark.py compare --workload {args.workload} "
+            f"--objective {args.objective} "
             f"--policies {' '.join(dict.fromkeys(('fifo', 'easy-fifo', trainer.best_rule)))} {folder}/policy.onnx"
         )
 

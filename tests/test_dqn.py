@@ -132,11 +132,11 @@ def test_exploring_is_legal_even_where_all_draws_are_zero(monkeypatch: pytest.Mo
     assert explore(torch.tensor([1]), torch.tensor([[0.0, 0.0, 1.0]]), torch.ones(1)).tolist() == [2]
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.9])
-def test_an_update_is_a_gradient_step_on_the_huber_loss(gamma: float) -> None:
-    """Of the whole batch, whatever threads share it."""
+@pytest.mark.parametrize(("gamma", "size"), [(0.0, 500), (0.9, 500), (0.9, 15)])
+def test_an_update_is_a_gradient_step_on_the_huber_loss(gamma: float, size: int) -> None:
+    """Of the whole batch, whatever threads share it, evenly or not."""
     torch.manual_seed(0)
-    args = Args(batch_size=500, gamma=gamma, n_step=2, huber_delta=1.0)
+    args = Args(batch_size=size, gamma=gamma, n_step=2, huber_delta=1.0)
     envs = SchedulerVectorEnv(16, "hpc", num_jobs=16, warmup_jobs=64, followup_jobs=16)
     envs.reset(seed=0)
     ours, target, replay = Agent(1), Agent(1), Replay(64, 16, envs.layout.size, torch.device("cpu"))
@@ -149,14 +149,14 @@ def test_an_update_is_a_gradient_step_on_the_huber_loss(gamma: float) -> None:
         ours, target, torch.optim.SGD(ours.parameters(), lr=1.0), replay, envs.layout, args
     ).tolist()
     torch.manual_seed(1)
-    (first, second, third), cluster = (x.unbind(1) if x.ndim == 2 else x for x in replay.sample(500, 2))
+    (first, second, third), cluster = (x.unbind(1) if x.ndim == 2 else x for x in replay.sample(size, 2))
     going_on = 1 - replay.dones[first, cluster]
     expected = replay.rewards[first, cluster] + gamma * going_on * replay.rewards[second, cluster]
     following = envs.split(replay.obs[third, cluster])
     with torch.no_grad():
         best = target(*following).gather(1, theirs(*following).argmax(1, keepdim=True))[:, 0]
         expected += gamma**2 * going_on * (1 - replay.dones[second, cluster]) * following.mask.any(1) * best
-    values = theirs(*envs.split(replay.obs[first, cluster]))[torch.arange(500), replay.actions[first, cluster]]
+    values = theirs(*envs.split(replay.obs[first, cluster]))[torch.arange(size), replay.actions[first, cluster]]
     error = (values - expected).abs()
     loss = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
     loss.backward()
@@ -226,10 +226,27 @@ def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_bad_input_ends_with_one_line(tmp_path: Path) -> None:
-    result = script(tmp_path, *SMALL, "--n-step", "200")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--n-step", "200"), "n_step is 200; use less than buffer_steps"),
+        (("--n-step", "0"), "n_step is 0; use 1 or more"),
+        (("--batch-size", "0"), "batch_size is 0; use 1 or more"),
+        (("--backfill", "none"), "reference easy-sjf backfills"),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path: Path, flags: tuple[str, str], message: str) -> None:
+    result = script(tmp_path, *SMALL, *flags)
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: n_step is 200; use less than buffer_steps")
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_loss_is_logged_where_there_was_an_update(tmp_path: Path) -> None:
+    result = script(tmp_path, *SMALL, "--num-envs", "1", "--updates-per-decision", "0.0157", "--total-timesteps", "256")
+    assert result.returncode == 0, result.stderr
+    run = run_folder(tmp_path)
+    losses, returns = scalars(run, "losses/td_loss"), scalars(run, "charts/SPS")
+    assert len(returns) == 8 and 2 <= len(losses) <= 4 and min(losses.values()) > 0
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])

@@ -30,7 +30,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import ppo_scheduler
 from policies import load_policy
 from ppo_scheduler import Agent, Args, Trainer, gae, log_prob_and_entropy, rollout, sample, some_runs
-from scheduler_env import Layout, SchedulerVectorEnv, simulate
+from scheduler_env import EASY, Layout, SchedulerVectorEnv, parse_rule, simulate
 from workloads import load_workload
 
 ROOT = Path(ppo_scheduler.__file__).parent
@@ -112,17 +112,39 @@ def test_the_mask_is_never_violated() -> None:
         assert (mask.sum(2) >= 1).all()
 
 
-def test_an_update_is_a_gradient_step_on_ppos_loss() -> None:
-    """Of the whole minibatch, whatever threads share it."""
+def test_a_truncated_episode_is_bootstrapped_from_its_last_observation() -> None:
+    """The decisions of a rollout, taken once more: what `gae` gets is the reward and, at the end, gamma * V besides."""
     torch.manual_seed(0)
-    args = Args(num_minibatches=1, batch_size=512, minibatch_size=512, num_steps=32)
-    envs = SchedulerVectorEnv(16, "hpc", num_jobs=64, warmup_jobs=64, followup_jobs=16)
+    args = Args(gamma=0.5, reward_scale=10.0)
+    ours, theirs = (SchedulerVectorEnv(2, "hpc", num_jobs=8, warmup_jobs=4, followup_jobs=4) for _ in range(2))
+    ours.reset(seed=0), theirs.reset(seed=0)
+    agent, batch = Agent(1), ppo_scheduler.Batch.empty(40, 2, ours.layout.size, torch.device("cpu"))
+    rollout(agent, ours, batch, args)
+    ends = 0
+    for actions, got in zip(batch.actions.numpy(), batch.rewards, strict=True):
+        _, rewards, _, truncated, infos = theirs.step(actions)
+        expected = torch.from_numpy(10.0 * rewards).float()
+        for e in np.flatnonzero(truncated):
+            last = torch.from_numpy(infos["final_obs"][e])[None]
+            expected[e] += 0.5 * agent(*theirs.split(last))[1].item()
+            ends += 1
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert ends >= 2
+
+
+@pytest.mark.parametrize(("steps", "clusters"), [(32, 16), (9, 5)])
+def test_an_update_is_a_gradient_step_on_ppos_loss(steps: int, clusters: int) -> None:
+    """Of the whole minibatch, whatever threads share it, evenly or not."""
+    torch.manual_seed(0)
+    size = steps * clusters
+    args = Args(num_minibatches=1, batch_size=size, minibatch_size=size, num_steps=steps)
+    envs = SchedulerVectorEnv(clusters, "hpc", num_jobs=64, warmup_jobs=64, followup_jobs=16)
     envs.reset(seed=0)
-    ours, batch = Agent(1), ppo_scheduler.Batch.empty(32, 16, envs.layout.size, torch.device("cpu"))
+    ours, batch = Agent(1), ppo_scheduler.Batch.empty(steps, clusters, envs.layout.size, torch.device("cpu"))
     rollout(ours, envs, batch, args)
     ours.rule_bonus.data += 0.3  # the policy is not the one of the rollout any more: some ratios are clipped
     theirs = deepcopy(ours)
-    advantages = torch.randn(32, 16)
+    advantages = torch.randn(steps, clusters)
     logged = ppo_scheduler.update(
         ours, torch.optim.SGD(ours.parameters(), lr=1.0), batch, advantages, envs.layout, args
     )
@@ -255,6 +277,18 @@ def test_a_run_with_lock_in_trains(tmp_path: Path) -> None:
     assert len(scalars(run_folder(tmp_path), "losses/policy_loss")) == 2
 
 
+@pytest.mark.parametrize("flags", [("--lock-in",), ("--lock-in", "--backfill", "none"), ("--backfill", "none")])
+def test_rules_and_pictures_follow_the_semantics_of_the_run(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    args = tyro.cli(Args, args=[*SMALL, "--validation-jobs", "600", "--reference", "auto", *flags])
+    trainer = Trainer(args, tmp_path, Console())
+    first = trainer.segments[:1]
+    [expected] = simulate(trainer.validation, trainer.best_rule, first, backfill=args.backfill, lock_in=args.lock_in)
+    assert np.array_equal(trainer.example.start_time, expected.start_time)
+    if not args.lock_in:  # the agent may not backfill: neither do the rule it starts from, nor the one to stand for
+        assert {parse_rule(name).mode != EASY for name in (trainer.best_rule, args.reference)} == {True}
+        assert trainer.stands_for is not None and parse_rule(trainer.stands_for).mode != EASY
+
+
 def test_a_run_learns_from_the_tail_and_is_judged_by_its_objective(tmp_path: Path) -> None:
     result = script(tmp_path, *SMALL, "--learn-from", "tail", "--reference", "auto")
     assert result.returncode == 0, result.stderr
@@ -322,6 +356,11 @@ def test_bad_input_ends_with_one_line(finished: Path, tmp_path: Path) -> None:
         ((*SMALL, "--num-minibatches", "3"), ("num_minibatches", "divisor")),
         ((*SMALL, "--num-envs", "0"), ("num_envs is 0",)),
         ((*SMALL, "--max-tail", "0.5"), ("max_tail is 0.5",)),
+        ((*SMALL, "--update-epochs", "0"), ("update_epochs is 0; use 1",)),
+        ((*SMALL, "--seed", "-1"), ("seed is -1; use 0",)),
+        ((*SMALL, "--num-envs", "1", "--num-steps", "1"), ("num_envs * num_steps is 1",)),
+        ((*SMALL, "--backfill", "none", "--reference", "easy-saf"), ("easy-saf backfills", "without easy-")),
+        ((*SMALL, "--backfill", "none", "--reference", "tuned"), ("tuned backfills", "without easy-")),
         ((*SMALL, "--validation-loads"), ("no load is given",)),
     ):
         result = script(tmp_path, *flags)
