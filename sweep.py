@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -57,13 +58,17 @@ class Run:
 
     def look(self, metric: str) -> None:
         """Report to the study what the run has logged since the last look."""
-        if self.events is None:
-            if not (files := list(Path("runs").glob(f"*__{self.name}__*/events*"))):
-                return
-            self.events = EventAccumulator(str(files[0].parent))
+        if not (files := list(Path("runs").glob(f"*__{self.name}__*/events*"))):
+            return
+        # A run that died before its first checkpoint is begun anew, in a folder that may come after the first look. The
+        # names of the folders differ in the time only, so the newest is the largest.
+        folder = str(max(files).parent)
+        if self.events is None or self.events.path != folder:
+            self.events = EventAccumulator(folder)
         self.events.Reload()
         if metric in self.events.Tags()["scalars"]:
-            values = [event.value for event in self.events.Scalars(metric)]
+            steps = {event.step: event.value for event in self.events.Scalars(metric)}  # twice where a run was killed
+            values = list(steps.values())
             for step in range(len(self.values), len(values)):
                 self.trial.report(values[step], step + 1)  # as W&B counts: how often the metric was logged
             self.values = values
@@ -138,6 +143,8 @@ def open_study(args: Sweep, journal: Path, description: dict[str, Any]) -> optun
     if study.user_attrs.get("searched", searched) != searched:
         raise ValueError(f"{journal}: the study of another search than {args.file} describes now; give a new --journal")
     study.set_user_attr("searched", searched)
+    if "id" not in study.user_attrs:  # for the names of its runs: another study of the same file has runs there as well
+        study.set_user_attr("id", secrets.token_hex(3))
     return study
 
 
@@ -180,7 +187,7 @@ def maximizing(study: optuna.Study) -> bool:
 
 def search(study: optuna.Study, args: Sweep, description: dict[str, Any], console: Console) -> None:
     """Run trials until there are as many as asked for. Whatever ends it early leaves the others to the next call."""
-    metric, name = description["metric"]["name"], f"sweep-{args.file.stem}"
+    metric, name = description["metric"]["name"], f"sweep-{study.study_name}-{study.user_attrs['id']}"
     waiting = [Trial(study, trial._trial_id) for trial in study.get_trials(states=[TrialState.RUNNING])]
     running: list[Run] = []
     try:

@@ -21,9 +21,10 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from test_ppo import records
 
-from sweep import read_description, suggest
+from sweep import finish, launch, read_description, suggest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -41,7 +42,7 @@ if sys.argv[1] == "--resume":
     flags = json.loads((folder / "checkpoint.pt").read_text())
 else:
     flags = dict(flag[2:].split("=") for flag in sys.argv[1:]) | {"k": 0}
-    folder = Path(f"runs/w__{flags['exp_name']}__1__0")
+    folder = Path(f"runs/w__{flags['exp_name']}__1__{int(time.time())}")
     folder.mkdir(parents=True)
 if float(flags["x"]) > 0.9:
     sys.exit("error: x is too large")
@@ -170,6 +171,27 @@ def test_a_journal_is_for_one_search(describe: Callable[..., None]) -> None:
     describe(parameters=DESCRIPTION["parameters"] | {"x": {"min": 0.0, "max": 1.0}})
     done = sweep("--trials", 2)
     assert done.returncode == 2 and "give a new --journal" in done.stderr and len(trials()) == 1
+
+
+@pytest.mark.parametrize("journal", ["runs/new.journal", "runs/sweep-known.journal"])
+def test_a_new_study_has_runs_of_its_own(describe: Callable[..., None], journal: str) -> None:
+    assert sweep("--trials", 1).returncode == 0
+    describe(parameters=DESCRIPTION["parameters"] | {"x": {"min": 0.0, "max": 0.01}})
+    Path(journal).unlink(missing_ok=True)
+    done = sweep("--trials", 1, "--journal", journal, "--output", "results.json")
+    assert done.returncode == 0 and len(list(Path("runs").glob("w__*"))) == 2, done.stderr
+    (trial,) = json.loads(Path("results.json").read_text())["trials"]
+    assert trial["value"] == pytest.approx(trial["x"] - (trial["y"] - 2) ** 2 / 100 + 0.009, abs=1e-6)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(describe: Callable[..., None]) -> None:
+    EventFileWriter("runs/w__sweep-known-0__1__1700000000").close()
+    study = optuna.create_study(direction="maximize")
+    run = launch(study.ask(), "sweep-known", read_description(Path("known.yaml")))
+    run.look("eval/score")  # at the dead one: there is no other yet
+    assert run.process.wait() == 0
+    run.look("eval/score")
+    assert len(run.values) == 9, finish(study, run, False)
 
 
 # ------------------------------------------------------------------------------------------------------- W&B's own way
