@@ -889,6 +889,8 @@ def main() -> None:
     try:
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+        if args.output and args.output.is_dir():
+            raise ValueError(f"--output {args.output}: a folder; give the name of a file")
         if args.output and not os.access(args.output.parent, os.W_OK):
             raise ValueError(f"--output {args.output}: the folder cannot be written to; give another")
         results, table = {Compare: compare, RLScheduler: rlscheduler, Speed: speed, Sweep: sweep}[type(args)](args)

@@ -9,6 +9,7 @@ about EPISODE_JOBS consecutive jobs after the other, as an agent's are of its ep
 replay; the global step counts jobs. Times are seconds.
 """
 
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -134,6 +135,10 @@ def main() -> None:
     try:
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+        if args.output and args.output.is_dir():
+            raise ValueError(f"--output {args.output}: a folder; give the name of a file")
+        if args.output and not os.access(args.output.parent, os.W_OK):
+            raise ValueError(f"--output {args.output}: the folder cannot be written to; give another")
         results = run(args)
         if args.output:
             write_json(args.output, {"workload": args.workload, "split": args.split, "policies": results})

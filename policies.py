@@ -9,12 +9,13 @@
 B counts observations, K the jobs in the window, M nodes, R resources; the action K*M waits for the next event.
 """
 
-import json
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import onnxruntime
 
@@ -176,6 +177,9 @@ class RulePolicy(Policy):
         return rule_logits(parts)
 
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=10_000)]  # more than that is a damaged number: arrays are as large
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What a policy.onnx says about itself: JSON under the key "resourcerl" of the model's metadata."""
@@ -185,11 +189,11 @@ class Metadata:
     workload: str
     objective: str
     reference: str
-    backfill: str
+    backfill: Literal["easy", "none"]
     lock_in: bool
-    queue_window: int
-    nodes: int
-    resources: int
+    queue_window: Count
+    nodes: Count
+    resources: Count
     job_features: list[str]
     node_features: list[str]
     cluster_features: list[str]
@@ -202,8 +206,10 @@ class OnnxPolicy(Policy):
     """A trained policy: a network that reads jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc] and mask[B, K*M + 1], all
     float32, and gives logits[B, K*M + 1], for any B, K and M."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.session = path, _session(path)
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
+        """`data` is what the file holds, if it has been read."""
+        self.path, self.data = path, _read(path) if data is None else data
+        self.session = _session(path, self.data)
         self.metadata = meta = _metadata(path, self.session)
         # All trained policies are called policy.onnx: the folder of the run tells them apart.
         name, layout = "/".join(path.parts[-2:]), Layout(meta.queue_window, meta.nodes, meta.resources)
@@ -214,6 +220,10 @@ class OnnxPolicy(Policy):
             raise PolicyError(f"{path}: {error}; train it again") from None
         # terminate = True, from any thread, ends a call that takes too long
         self.run_options = onnxruntime.RunOptions()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is the same policy, whatever the file holds by then."""
+        return OnnxPolicy, (self.path, self.data)
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
@@ -347,27 +357,32 @@ def _rule_policy(name: str) -> RulePolicy:
         raise PolicyError(f"{error}; or give the path of a policy.onnx") from None
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def _read(path: Path) -> bytes:
     if not path.is_file():
         raise PolicyError(f"{path}: no such file; give the name of a rule or the path of a trained policy.onnx")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PolicyError(f"{path}: {error.strerror}; give a file that can be read") from None
+
+
+def _session(path: Path, data: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # for small batches threads cost more than they do
     options.log_severity_level = 4  # what goes wrong is in the exception
     try:
-        return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except OSError as error:
-        raise PolicyError(f"{path}: {error.strerror}; give a file that can be read") from None
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception:  # onnxruntime's errors have no class in common, and their texts several lines
         raise PolicyError(f"{path}: no ONNX file, or a damaged one; export it again") from None
 
 
 def _metadata(path: Path, session: onnxruntime.InferenceSession) -> Metadata:
     try:
-        found = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-        metadata = Metadata(**{field.name: found[field.name] for field in fields(Metadata)})
-    except (KeyError, TypeError, ValueError):
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
+        metadata = msgspec.json.decode(text, type=Metadata)
+    except (ValueError, RecursionError) as error:  # also msgspec's, which names the field
         raise PolicyError(
-            f"{path}: an ONNX file, but no policy of ResourceRL's; export one with ppo_scheduler.py"
+            f"{path}: an ONNX file, but no policy of ResourceRL's ({error}); export one with ppo_scheduler.py"
         ) from None
     if metadata.version != VERSION:
         raise PolicyError(f"{path}: a policy of version {metadata.version}, and this is {VERSION}; train it again")

@@ -48,7 +48,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from policies import ClusterState, Decision, OnnxPolicy, Policy, PolicyError, RulePolicy, load_policy
+from policies import ClusterState, Decision, OnnxPolicy, Policy, RulePolicy, load_policy
 from scheduler_env import Layout, Moment, parse_rule
 from workloads import Cluster, Jobs, WorkloadError
 
@@ -289,6 +289,8 @@ def _cluster(capacity: tuple[tuple[float, ...], ...], speed: tuple[float, ...]) 
         raise Refused(("nodes", "capacity"), str(error)) from None
     if amounts.max(0).min() < 1e-6:
         raise Refused(("nodes", "capacity"), "a resource of which no node has 1e-6; use smaller units")
+    if not (kept := np.rint(amounts / cluster.grid).any(axis=1)).all():  # see `Cluster.on_grid`
+        raise Refused(("nodes", int(kept.argmin()), "capacity"), "next to nothing beside the largest; leave it out")
     return cluster
 
 
@@ -378,13 +380,12 @@ class Model:
     loaded: float  # Unix time
 
     @staticmethod
-    def load(name: str) -> "Model":
+    def tried(policy: Policy) -> "Model":
         """
         Raises:
-            PolicyError: there is no such policy, its file is damaged, or it fails in a small state.
+            PolicyError: it fails in a small state.
         """
-        policy = load_policy(name)
-        data = policy.path.read_bytes() if isinstance(policy, OnnxPolicy) else name.encode()
+        data = policy.data if isinstance(policy, OnnxPolicy) else policy.reference.encode()
         resources = policy.metadata.resources if isinstance(policy, OnnxPolicy) else 1
         compile_kernels(resources)  # before the clock starts
         timer = threading.Timer(TRIAL_SECONDS, end_calls, (policy,))
@@ -475,15 +476,18 @@ class Recorder(RotatingFileHandler):
 class Service:
     """Decides, with the newest policy that works."""
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self, args: Args, policy: Policy | None = None, seen: tuple[int, ...] = ()) -> None:
         """
+        Args:
+            policy, seen: another service's, to go on with whatever is in the policy's place by now.
+
         Raises:
             PolicyError, OSError: the policy or the record's place cannot be used.
         """
         self.args, self.metrics = args, Metrics()
-        self.path = getattr(load_policy(args.policy), "path", None)  # a rule has none
-        self.seen = self._look()
-        self._use(Model.load(args.policy))
+        self.path = getattr(policy or load_policy(args.policy), "path", None)  # a rule has none
+        self.seen = seen if policy else self._look()
+        self._use(Model.tried(policy or load_policy(args.policy)))
         self.recorder = Recorder(args, self.metrics.unrecorded) if args.record else None
         self.watchdog = Watchdog(args.deadline_ms / 1e3)
         self.watchdog.start()
@@ -555,18 +559,20 @@ class Service:
                 await asyncio.wait_for(self.reload_wanted.wait(), RELOAD_SECONDS)
             if (supervisor := multiprocessing.parent_process()) and not supervisor.is_alive():
                 signal.raise_signal(signal.SIGTERM)  # it was killed, and nobody would ever stop its workers
-            seen, wanted = self._look(), self.reload_wanted.is_set()
+            wanted = self.reload_wanted.is_set()
             self.reload_wanted.clear()
-            if wanted or seen != self.seen:
-                self.seen = seen
-                await self.reload()
+            await asyncio.to_thread(self.refresh, wanted)
 
-    async def reload(self) -> None:
-        """Take the policy that is in its place now, if it works."""
+    def refresh(self, wanted: bool = False) -> None:
+        """Take the policy that is in its place now, if the file is another one or it is wanted, and if it works."""
+        seen = self._look()
+        if seen == self.seen and not wanted:
+            return
+        self.seen = seen
         try:
-            self._use(await asyncio.to_thread(Model.load, self.args.policy))
-        except (PolicyError, OSError) as error:
-            log.error("%s; version %s stays", error, self.model.version)
+            self._use(Model.tried(load_policy(self.args.policy)))
+        except Exception as error:  # whatever is wrong with the file: the service has to stay up, and to look again
+            log.error("%s; version %s stays", _in_one_line(error), self.model.version)
             self.metrics.reloads.labels("refused").inc()
         else:
             log.info("policy %s, version %s", self.model.policy.name, self.model.version)
@@ -594,7 +600,7 @@ class Service:
                 said = ask(model.policy)
             except Exception as error:  # whatever it is: a cluster waits for an answer
                 fallback = "late" if options.terminate else "failing"
-                self._warn(model, fallback, str(error).splitlines()[0])
+                self._warn(model, fallback, _in_one_line(error))
             finally:
                 self.watchdog.guarded = None
             if not fallback and time.perf_counter() - began > limit:
@@ -616,6 +622,10 @@ class Service:
         if (model.version, reason) not in self._warned:
             self._warned.add((model.version, reason))
             log.warning("version %s is %s (%s): its rule decides", model.version, reason, message)
+
+
+def _in_one_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _answer(state: State, decision: Decision, decided_by: str, version: str, fallback: str | None) -> Answer:
@@ -762,6 +772,26 @@ def _openapi(app: FastAPI, token: bool) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------- the program
+LEAST = {
+    "port": 0, "workers": 1, "deadline_ms": 0.001, "record_bytes": 0, "record_files": 0,
+    "max_body_bytes": 1, "max_jobs": 1, "max_nodes": 1,
+}  # fmt: skip
+
+
+def check(args: Args) -> None:
+    """
+    Raises:
+        ValueError: a number is out of its range, or two flags do not go together.
+    """
+    for name, least in LEAST.items():
+        if not (value := getattr(args, name)) >= least:  # nor is NaN
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    if args.port > 65_535:
+        raise ValueError(f"--port {args.port}: give at most 65535")
+    if args.workers > 1 and args.record:
+        raise ValueError(f"--workers {args.workers}: with --record give 1: it is one file")
+
+
 def read_token(args: Args) -> bytes | None:
     """
     Raises:
@@ -824,18 +854,27 @@ def log_to_stderr() -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def work(args: Args, token: bytes | None, listener: socket.socket, service: Service | None = None) -> None:
+def work(service: Service, token: bytes | None, listener: socket.socket) -> None:
     """Decide until SIGTERM or Ctrl-C."""
-    log_to_stderr()
-    service = service or Service(args)
     gc.collect()
     gc.freeze()  # or the collector goes through all that was imported, for tens of milliseconds, in some request
     with suppress(KeyboardInterrupt):
         uvloop.run(serve(service, create_app(service, token), listener))
 
 
-def supervise(args: Args, token: bytes | None, listener: socket.socket) -> None:
-    """Keep so many workers alive, and pass signals on to them, until SIGTERM or Ctrl-C."""
+def work_for(args: Args, policy: Policy, seen: tuple[int, ...], token: bytes | None, listener: socket.socket) -> None:
+    """`work` in another process than that of the service whose policy it is."""
+    log_to_stderr()
+    work(Service(args, policy, seen), token, listener)
+
+
+def supervise(service: Service, token: bytes | None, listener: socket.socket) -> None:
+    """Keep so many workers alive, and pass signals on to them, until SIGTERM or Ctrl-C.
+
+    The service of this process answers nobody. It keeps the newest policy that works for workers that start when the
+    file has been damaged.
+    """
+    args = service.args
     spawn, workers, stopping = multiprocessing.get_context("spawn"), [], []
 
     def reload(*_: object) -> None:
@@ -851,8 +890,10 @@ def supervise(args: Args, token: bytes | None, listener: socket.socket) -> None:
             for worker in [worker for worker in workers if not worker.is_alive()]:
                 log.error("worker %d has ended (%s); another one starts", worker.pid, worker.exitcode)
                 workers.remove(worker)
+            service.refresh()
             while len(workers) < args.workers and not stopping:
-                worker = spawn.Process(target=work, args=(args, token, listener))
+                handed = service.model.policy, service.seen
+                worker = spawn.Process(target=work_for, args=(args, *handed, token, listener))
                 worker.start()
                 workers.append(worker)
             time.sleep(RELOAD_SECONDS)  # also between the deaths of workers that cannot live
@@ -865,8 +906,7 @@ def supervise(args: Args, token: bytes | None, listener: socket.socket) -> None:
 def main(args: Args) -> None:
     log_to_stderr()
     try:
-        if args.workers < 1 or (args.workers > 1 and args.record):
-            raise ValueError(f"--workers {args.workers}: give at least 1, and with --record no more: it is one file")
+        check(args)
         token = read_token(args)
         service = Service(args)
         listener = listen(args)
@@ -875,9 +915,9 @@ def main(args: Args) -> None:
     where = args.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
     log.info("policy %s, version %s, at %s", service.model.policy.name, service.model.version, where)
     if args.workers == 1:
-        work(args, token, listener, service)
+        work(service, token, listener)
     else:
-        supervise(args, token, listener)
+        supervise(service, token, listener)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -130,7 +130,7 @@ class Slurm:
         """
         answer = self._answer("POST", f"/job/{job_id}", json=properties)
         # Arrays are updated and come back with an error without a number.
-        errors = [error for error in answer.get("errors", []) if error.get("error_number")]
+        errors = [error for error in answer["errors"] if error.get("error_number")]
         if errors:
             raise Refused(f"{errors[0].get('error')} ({errors[0]['error_number']})")
 
@@ -138,23 +138,25 @@ class Slurm:
         answer = self._answer("GET", f"/{what}", params={"update_time": int(since)} if since else {})
         if answer is None:
             return None
-        if answer.get("errors") or not isinstance(answer.get(what), list):
+        if answer["errors"] or not isinstance(answer.get(what), list):
             raise SlurmError(f"GET {what}: {_first_error(answer)}")
         return answer[what]
 
     def _answer(self, method: str, path: str, **arguments: Any) -> Any:
-        """The JSON of an answer, None for "not modified"."""
+        """The JSON of an answer, its `errors` a list of objects; None for a listing that is "not modified"."""
         try:
             began = time.perf_counter()
             response = self.client.request(method, path, **arguments)
             self.seconds += time.perf_counter() - began
-            if response.status_code == 304:
+            if response.status_code == 304 and method == "GET":
                 return None
-            answer = response.json()
+            answer = json.loads(response.content.decode(errors="replace"))  # jobs' names are any bytes
         except (httpx.HTTPError, ValueError) as error:  # ValueError: no JSON, as from a slurmrestd that is going down
             raise SlurmError(f"{method} {path}: {type(error).__name__} {error}") from None
-        if not isinstance(answer, dict):
-            raise SlurmError(f"{method} {path}: HTTP {response.status_code}, and no JSON object")
+        errors = (answer.get("errors") or []) if isinstance(answer, dict) else None
+        if not isinstance(errors, list) or not all(isinstance(error, dict) for error in errors):
+            raise SlurmError(f"{method} {path}: HTTP {response.status_code}, an answer of another form: {answer!r:.80}")
+        answer["errors"] = errors
         # A job that is refused is a 500 like a slurmctld that does not answer: only its errors tell them apart.
         if response.status_code != 200 and not (method == "POST" and _is_refusal(answer)):
             raise SlurmError(f"{method} {path}: HTTP {response.status_code}, {_first_error(answer)}")
@@ -162,14 +164,14 @@ class Slurm:
 
 
 def _first_error(answer: dict[str, Any]) -> str:
-    first = (answer.get("errors") or [{}])[0]
+    first = (answer["errors"] or [{}])[0]
     told = [str(first[key]) for key in ("description", "error") if first.get(key)]
     return ": ".join(told) or "an answer of another form"
 
 
 def _is_refusal(answer: dict[str, Any]) -> bool:
     """Slurm's own errors about a job have numbers from 2000 on (slurm_errno.h); those of communication lie below."""
-    return any(2000 <= error.get("error_number", 0) < 5000 for error in answer.get("errors", []))
+    return any(error.get("error_number") in range(2000, 5000) for error in answer["errors"])
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,14 @@ class SlurmJob:
         return self.start - self.eligible
 
     @property
+    def has_ended(self) -> bool:
+        """Not all that are FINISHED: the end of a job that its node has lost may be unknown."""
+        return self.state in FINISHED and self.end > 0
+
+    @property
     def ran(self) -> bool:
         """Whether it has run to some end; jobs that are cancelled while they wait get equal start and end."""
-        return self.state in FINISHED and self.start > 0 and (self.end > self.start or self.state != "CANCELLED")
+        return self.has_ended and self.start > 0 and (self.end > self.start or self.state != "CANCELLED")
 
     @property
     def key(self) -> tuple[int, float]:
@@ -206,7 +213,8 @@ class SlurmJob:
         return self.job_id, self.start
 
 
-RUNNING, PENDING = ("RUNNING", "COMPLETING", "SUSPENDED"), ("PENDING",)
+# CONFIGURING: it has its processors, and waits for their nodes to wake up.
+RUNNING, PENDING = ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"), ("PENDING",)
 FINISHED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
 )  # fmt: skip
@@ -244,16 +252,27 @@ def _left_alone(record: dict[str, Any]) -> str:
 
 
 def processors_in_use(nodes: Iterable[dict[str, Any]], partition: str | None) -> int:
-    """CPUs of the nodes that take jobs, and those still taken on nodes that do not any more."""
-    count = 0
-    for node in nodes:
-        if partition is None or partition in node.get("partitions", ()):
-            flags = {flag.lower() for flag in node.get("state_flags", ())}
-            works = node.get("state") in ("idle", "mixed", "allocated") and not flags & {
-                "drain", "fail", "not_responding", "maintenance", "reserved", "powered_down", "reboot_requested",
-            }  # fmt: skip
-            count += int(node.get("cpus" if works else "alloc_cpus") or 0)
-    return count
+    """CPUs of the nodes that take jobs, and those still taken on nodes that do not any more.
+
+    Raises:
+        SlurmError: a node is not as expected.
+    """
+    try:
+        return sum(
+            _processors_of(node) for node in nodes if partition is None or partition in node.get("partitions", ())
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SlurmError(f"GET nodes: a node that is not as expected ({error!r})") from None
+
+
+def _processors_of(node: dict[str, Any]) -> int:
+    flags = {flag.lower() for flag in node.get("state_flags", ())}
+    if flags & {"powered_down", "powering_down", "powering_up"}:  # to save power: Slurm wakes it up for jobs
+        flags.discard("not_responding")
+    works = node.get("state") in ("idle", "mixed", "allocated") and not flags & {
+        "drain", "fail", "not_responding", "maintenance", "reserved", "reboot_requested",
+    }  # fmt: skip
+    return int(node.get("cpus" if works else "alloc_cpus") or 0)
 
 
 def jobs_of(records: Sequence[SlurmJob], origin: float = 0.0) -> Jobs:
@@ -486,8 +505,8 @@ class Agent:
                 if failed:
                     log.info("Slurm answers again, after %.0f s", time.time() - failed)
                 pause = failed = 0.0
-        self.worker.shutdown()
         self.look_back(last=True)
+        self.worker.shutdown()
         self.metrics.board.close()
 
     def one_pass(self) -> None:
@@ -504,7 +523,7 @@ class Agent:
         if records is None:
             return
         if now - self.looked > NODES_EVERY:
-            self.processors = processors_in_use(self.slurm.nodes(), self.args.partition)
+            self.look_at_nodes()
             self.looked = now
         snapshot = self.snapshot(records, now)
         self.listed = now
@@ -519,13 +538,19 @@ class Agent:
         self.send(order)
         self.metrics.own.observe(time.perf_counter() - own - (self.slurm.seconds - waiting))
 
+    def look_at_nodes(self) -> None:
+        self.processors = processors_in_use(self.slurm.nodes(), self.args.partition)
+        if not self.processors:
+            which = f" of partition {self.args.partition}" if self.args.partition else ""
+            self.complain(f"no node{which} takes jobs, so no job is ordered; sinfo shows partitions and nodes")
+
     def snapshot(self, records: list[dict[str, Any]], now: float) -> Snapshot:
         """Sort the records into pending, running and finished jobs; count, or complain about, the others."""
         pending, running, others = [], [], Counter({"held": 0, "dependency": 0, "begin time": 0, "unknown": 0})
         for record in records:
             try:
                 job = job_from_rest(record)
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 self.complain(f"a job record that is not as expected ({error!r}); left alone")
                 others["unknown"] += 1
                 continue
@@ -606,26 +631,33 @@ class Agent:
     def look_back(self, last: bool = False) -> None:
         """Every so often, beside the passes: what the recorded jobs would have waited under the policy and FIFO."""
         if self.replay and self.replay.done():
-            self.note_hindsight(self.replay.result())
-            self.replay = None
+            replay, self.replay = self.replay, None
+            self.note_hindsight(replay)
         fitting = [job for job in self.finished.values() if job.cpus <= self.processors]
         if len(fitting) < HINDSIGHT_JOBS:
             return
         arguments = self.policy, fitting, self.processors
         if last:
-            self.note_hindsight(hindsight(*arguments))
+            self.note_hindsight(self.worker.submit(hindsight, *arguments))
         elif not self.replay and time.time() - self.replayed > self.args.hindsight:
             self.replayed, self.replay = time.time(), self.worker.submit(hindsight, *arguments)
 
-    def note_hindsight(self, waits: dict[str, float]) -> None:
+    def note_hindsight(self, replay: Future[dict[str, float]]) -> None:
+        try:
+            waits = replay.result()
+        except Exception as error:  # whatever it is: the order does not depend on it
+            log.warning("the recorded jobs could not be replayed: %s", error)
+            return
         self.metrics.note_hindsight(waits)
         text = ", ".join(f"{order} {wait:,.1f} s" for order, wait in waits.items())
         log.info("mean wait of %d recorded jobs, replayed: %s", len(self.finished), text)
 
 
 # ----------------------------------------------------------------------------------------------------------- export
-def read_finished(path: Path) -> Iterator[SlurmJob]:
+def read_finished(path: Path, left_out: Counter[str]) -> Iterator[SlurmJob]:
     """The jobs in a jobcomp/filetxt log, or in the output of `squeue --json` or `sacct -P`, in any state.
+
+    Lines of sacct that cannot be told apart into columns are counted in `left_out`.
 
     Raises:
         WorkloadError: the file cannot be read, or is none of them.
@@ -637,8 +669,8 @@ def read_finished(path: Path) -> Iterator[SlurmJob]:
     first = text.lstrip().partition("\n")[0]
     if first.startswith("{"):
         yield from _from_json(path, text)
-    elif "|" in first:
-        yield from _from_lines(path, _sacct_rows(path, text.splitlines()))
+    elif "|" in first and not first.startswith("JobId="):  # a name in jobcomp's may have a | too
+        yield from _from_lines(path, _sacct_rows(path, text.splitlines(), left_out))
     else:
         yield from _from_lines(path, _jobcomp_rows(text.splitlines()))
 
@@ -647,7 +679,7 @@ def _from_json(path: Path, text: str) -> Iterator[SlurmJob]:
     try:
         records = json.loads(text)["jobs"]
         yield from map(job_from_rest, records)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WorkloadError(f"{path}: not what `squeue --json` of Slurm 22.05 writes ({error!r})") from None
 
 
@@ -669,12 +701,14 @@ def _jobcomp_rows(lines: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
             yield number, row
 
 
-def _sacct_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _sacct_rows(path: Path, lines: list[str], left_out: Counter[str]) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
     if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
         raise WorkloadError(f"{path}: line 1: no column {', '.join(missing)}; name them with sacct's -o, see --help")
     for row in reader:
-        if "." not in row["JobIDRaw"]:  # steps of a job
+        if None in row or None in row.values():  # sacct does not escape its delimiter
+            left_out["with more or fewer columns than line 1 (a | in a name, or cut short)"] += 1
+        elif "." not in row["JobIDRaw"]:  # steps of a job
             yield reader.line_num, row
 
 
@@ -684,12 +718,12 @@ def _from_lines(path: Path, rows: Iterable[tuple[int, dict[str, str]]]) -> Itera
             minutes = row.get("TimelimitRaw", "")
             submit, eligible = _seconds(row["Submit"]), _seconds(row.get("Eligible", ""))
             yield SlurmJob(
-                job_id=int(row["JobIDRaw"]), state=row["State"].split()[0], user=row.get("User", ""),
+                job_id=int(row["JobIDRaw"]), state=row["State"].partition(" ")[0], user=row.get("User", ""),
                 account=row.get("Account", ""), name=row.get("JobName", ""), partition=row.get("Partition", ""),
                 eligible=max(submit, eligible), start=_seconds(row["Start"]), end=_seconds(row["End"]),
                 limit=60.0 * int(minutes) if minutes.isdigit() else FOREVER, cpus=int(row["NCPUS"]),
             )  # fmt: skip
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise WorkloadError(
                 f"{path}: line {number}: {what}; give a jobcomp/filetxt log, or `squeue --json` or `sacct -P` output"
@@ -719,8 +753,8 @@ def export(args: Export) -> str:
     """
     ran: dict[tuple[int, float], SlurmJob] = {}
     left_out: Counter[str] = Counter()
-    for job in (job for path in args.inputs for job in read_finished(path)):
-        if job.state not in FINISHED:
+    for job in (job for path in args.inputs for job in read_finished(path, left_out)):
+        if not job.has_ended:
             left_out["not finished"] += 1
         elif not job.ran:
             left_out["never ran"] += 1
@@ -728,8 +762,9 @@ def export(args: Export) -> str:
             left_out["again"] += 1
         else:
             ran[job.key] = job
+    skipped = "".join(f", {count} {why}" for why, count in left_out.items())
     if not ran:
-        raise WorkloadError(f"{', '.join(map(str, args.inputs))}: no job that has run; give a longer record")
+        raise WorkloadError(f"{', '.join(map(str, args.inputs))}: no job that has run{skipped}; give a longer record")
     jobs = sorted(ran.values(), key=lambda job: (job.eligible, job.job_id))
     processors, source = args.processors or most_at_once(jobs), "as given"
     if not args.processors:
@@ -737,7 +772,6 @@ def export(args: Export) -> str:
     if (largest := max(jobs, key=lambda job: job.cpus)).cpus > processors:
         raise WorkloadError(f"--processors {processors}: job {largest.job_id} had {largest.cpus}; give the cluster's")
     write_swf(args.output, jobs_of(jobs, jobs[0].eligible), pool(processors))
-    skipped = "".join(f", {count} {why}" for why, count in left_out.items())
     return f"{args.output}: {len(jobs)} jobs{skipped}; {processors} processors ({source})"
 
 
@@ -748,6 +782,23 @@ def warm_up(policy: Policy) -> None:
     snapshot = Snapshot(0.0, 1, jobs[:1], [], jobs[1:])
     predicted_starts(snapshot, priority_order(policy, snapshot, 1.0))
     hindsight(policy, jobs[1:], 1)
+
+
+def check(args: Args) -> None:
+    """Refuse numbers with which the agent would start and then not work.
+
+    Raises:
+        ValueError: a flag, and what to give.
+    """
+    port = 0 if args.metrics_port is None else args.metrics_port
+    for flag, value, fits, remedy in (
+        ("max-wait", args.max_wait, args.max_wait >= 0, "seconds, 0 or more (inf: without end)"),
+        ("max-nice", args.max_nice, args.max_nice >= 1, "1 or more"),
+        ("interval", args.interval, 0 < args.interval <= threading.TIMEOUT_MAX, "seconds, more than 0"),
+        ("metrics-port", port, 0 <= port <= 65_535, "a port up to 65535"),
+    ):
+        if not fits:
+            raise ValueError(f"--{flag} {value}: give {remedy}")
 
 
 def serve_metrics(args: Args, metrics: Metrics) -> None:
@@ -764,6 +815,7 @@ def main() -> None:
             print(export(tyro.cli(Export, prog="slurm_agent.py export", args=sys.argv[2:])))
             return
         args = tyro.cli(Args, description=__doc__)
+        check(args)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
         stop = threading.Event()

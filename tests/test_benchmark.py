@@ -224,6 +224,7 @@ def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[...
         ("compare --load 0", "load factor 0.0"),
         ("compare --protocol windows --episode-jobs 5000", "--episode-jobs 5000: the split has only 900 jobs"),
         ("compare --output nowhere/r.json", "--output nowhere/r.json: there is no folder nowhere"),
+        ("compare --output .", "--output .: a folder"),
         ("rlscheduler --traces . --reference r.json", "r.json: No such file"),
         ("rlscheduler --traces . --reference text.onnx", "text.onnx: not the published figures"),
         ("rlscheduler --traces . --reference odd.json", "lublin.swf: No such file"),

@@ -62,6 +62,7 @@ def test_what_is_logged_printed_and_written(
         (("--workload", "nowhere.swf"), "nowhere.swf: no such file or preset"),
         (("--workload", "empty.swf"), "empty.swf: line"),
         (("--output", "nowhere/results.json"), "--output nowhere/results.json: there is no folder nowhere"),
+        (("--output", "."), "--output .: a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

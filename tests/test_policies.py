@@ -1,6 +1,7 @@
 """What can choose: rules by name and policy.onnx by path, on observations and on whole workloads."""
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -198,12 +199,35 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no metadata": (lambda path: write_policy(path, metadata=""), "no policy of ResourceRL"),
     "no JSON": (lambda path: write_policy(path, metadata="{"), "no policy of ResourceRL"),
     "another's": (lambda path: write_policy(path, metadata='["?"]'), "no policy of ResourceRL"),
-    "half": (lambda path: write_policy(path, metadata='{"version": 1}'), "no policy of ResourceRL"),
+    "half": (lambda path: write_policy(path, metadata='{"version": 1}'), "no policy of ResourceRL.*`algorithm`"),
+    "deep": (lambda path: write_policy(path, metadata='{"?": ' + "[" * 100_000), "no policy of ResourceRL"),
     "newer": (lambda path: write_policy(path, version=2), "version 2"),
     "features": (lambda path: write_policy(path, job_features=["age", *se.JOB_FEATURES[1:]]), r"\(age, present\)"),
     "rule": (lambda path: write_policy(path, reference="alphabetical"), "unknown rule 'alphabetical'"),
     "order": (lambda path: write_policy(path, node_features=list(se.NODE_FEATURES)[::-1]), "node features"),
 }
+
+
+ODD_METADATA: list[dict[str, object]] = [
+    {"resources": "2"}, {"resources": 0}, {"resources": -1}, {"resources": None}, {"resources": 10**12},
+    {"queue_window": -1}, {"queue_window": None}, {"queue_window": "64"}, {"nodes": 1.5}, {"reference": 5},
+    {"job_features": None}, {"lock_in": "no"}, {"backfill": "hard"}, {"rule": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_METADATA, ids=str)
+def test_odd_metadata_is_refused_with_its_field(tmp_path: Path, odd: dict[str, object]) -> None:
+    path = write_policy(tmp_path / "policy.onnx", **odd)
+    with pytest.raises(PolicyError, match=r"\$\." + "".join(odd)) as caught:
+        load_policy(str(path))
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_policy_goes_to_another_process_whatever_its_file_holds_by_then(policy: OnnxPolicy) -> None:
+    policy.path.write_bytes(b"?")
+    again = pickle.loads(pickle.dumps(policy))
+    assert (again.name, again.metadata, again.data) == (policy.name, policy.metadata, policy.data)
+    assert again.decide(small_state()).start == policy.decide(small_state()).start
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

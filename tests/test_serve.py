@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from load import busy_states, state_at
 from onnx import TensorProto, helper, numpy_helper
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from test_policies import META, write_policy, write_random_policy
+from test_policies import META, ODD_METADATA, write_policy, write_random_policy
 
 import scheduler_env as se
 import serve
@@ -204,6 +204,7 @@ REFUSED = {
     "more free than there is": (changed("nodes", 0, "free", to=[5]), ["nodes", 0, "free"]),
     "free where a job runs": (changed("nodes", 1, "free", to=[5]), ["nodes", 1, "free"]),
     "no capacity": (changed("nodes", 0, "capacity", to=[0]), ["nodes", "capacity"]),
+    "lost on the grid": (changed("nodes", 1, "capacity", to=[1e13]), ["nodes", 0, "capacity"]),
     "names of other resources": (changed("resources", to=["cpu", "gpu"]), ["resources"]),
     "a list": ([], []),
     "no JSON": (b'{"now": 50,', []),
@@ -384,6 +385,27 @@ def test_a_failing_model_is_replaced_by_its_rule(tmp_path: Path, failure: Any, c
     assert len(caplog.records) == 1 and "its rule decides" in caplog.text  # all are counted, one is told
 
 
+def test_a_new_file_that_is_odd_in_any_way_leaves_the_old_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    path = write_policy(tmp_path / "policy.onnx")
+    session = client(str(path))
+    service, first = session.service, session.service.model
+    for odd in ODD_METADATA:
+        write_policy(path, **odd)
+        service.refresh()
+    with monkeypatch.context() as broken:
+        broken.setattr(serve, "load_policy", lambda name: [].popp)  # an error that nobody has thought of
+        service.refresh(wanted=True)
+    assert service.model is first and metric(session, "resourcerl_reloads_total") == len(ODD_METADATA) + 1
+    assert all(f"version {first.version} stays" in line for line in caplog.messages)
+    assert len(caplog.messages) == len(ODD_METADATA) + 1
+    write_policy(path, seed=2)
+    service.refresh()
+    service.refresh()  # no other file
+    assert service.model.version != first.version and len(caplog.messages) == len(ODD_METADATA) + 1
+
+
 # ----------------------------------------------------------------------------------------------------------- in motion
 def start(*flags: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "serve.py"), *map(str, flags)]
@@ -508,14 +530,17 @@ def test_workers_share_the_work_are_replaced_and_end_with_their_supervisor(tmp_p
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         assert metric(session, "resourcerl_decisions_total") == 80  # of both workers, whoever answers
-        first, [killed, other] = version(session), workers()
-        killed.kill()
-        wait_until(lambda: len(workers()) == 2 and killed not in workers())
+        first, killed = version(session), workers()
+        path.write_bytes(b"?")
+        [worker.kill() for worker in killed]  # those that take their places go on with the last policy that worked
+        wait_until(lambda: len(workers()) == 2 and not set(killed) & set(workers()))
+        wait_until(lambda: is_ready(session) and version(session) == first)
         write_policy(path, seed=2)
         wait_until(lambda: is_ready(session) and version(session) != first)
+        others = workers()
         session.process.kill()
-        psutil.wait_procs([other, *workers()], timeout=20)
-        assert not other.is_running()
+        psutil.wait_procs(others, timeout=20)
+        assert len(others) == 2 and not any(other.is_running() for other in others)
 
 
 @pytest.mark.parametrize("told, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
@@ -579,10 +604,12 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "damaged.onnx").write_bytes(b"?")
+    write_policy(tmp_path / "odd.onnx", resources=None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for flags, words in (
             (("--policy", "alphabetical"), ("alphabetical", "easy-")),
             (("--policy", tmp_path / "damaged.onnx"), ("damaged.onnx", "export it again")),
+            (("--policy", tmp_path / "odd.onnx"), ("odd.onnx", "$.resources", "export one")),
             (("--policy", "fifo", "--host", "0.0.0.0"), ("0.0.0.0", "--token-file")),
             (("--policy", "fifo", "--host", "example.org"), ("example.org", "--token-file")),
             (("--policy", "fifo", "--token-file", tmp_path / "empty"), ("empty", "no token")),
@@ -596,6 +623,18 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path) -> None:
             assert process.returncode == 2, errors
             [line] = errors.strip().splitlines()
             assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    "flag", ["port=99999", "port=-1", "workers=0", "deadline_ms=nan", "deadline_ms=-5", "deadline_ms=0", "max_jobs=-1",
+             "max_nodes=0", "max_body_bytes=0", "record_bytes=-1", "record_files=-1"],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, _, value = flag.partition("=")
+    with pytest.raises(SystemExit) as ended:
+        serve.main(Args("easy-fifo", **{name: float(value) if name == "deadline_ms" else int(value)}))
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: --{name.replace('_', '-')} {value}") and "give" in line
 
 
 # ---------------------------------------------------------------------------------------------------------- the record

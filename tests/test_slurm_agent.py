@@ -102,7 +102,8 @@ class Answers(BaseHTTPRequestHandler):
             self.reply(*self.server.update(int(self.path.rsplit("/", 1)[1]), properties))
 
     def reply(self, status: int, answer: Any) -> None:
-        body = b"" if answer is None else json.dumps(answer).encode()
+        text = "" if answer is None else json.dumps(answer, ensure_ascii=False)
+        body = text.encode(errors="surrogateescape")  # as slurmrestd: a name is bytes
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -150,6 +151,17 @@ def test_processors_of_nodes_that_take_jobs() -> None:
     drained += nodes[2:]
     assert sa.processors_in_use(drained, None) == 3 + 0 + 8
     assert sa.processors_in_use(nodes, "main") == 16 and sa.processors_in_use(nodes, "other") == 0
+
+
+def test_nodes_that_sleep_take_jobs() -> None:
+    """The flags that Slurm 22.05 gives with SuspendProgram; one that is down, or drained, does not wake up."""
+    node = RECORDED["nodes"]["nodes"][0] | {"state": "idle", "alloc_cpus": 0}
+    for flags in (["POWERING_DOWN"], ["POWERED_DOWN"], ["NOT_RESPONDING", "POWERING_UP"]):
+        assert sa.processors_in_use([node | {"state_flags": flags}], None) == 4, flags
+    down = node | {"state": "down", "state_flags": ["POWERED_DOWN", "NOT_RESPONDING"]}
+    drained = node | {"state_flags": ["DRAIN", "POWERED_DOWN"]}
+    silent = node | {"state_flags": ["NOT_RESPONDING"]}
+    assert sa.processors_in_use([down, drained, silent], None) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- order
@@ -285,7 +297,7 @@ def test_shadow_changes_nothing(slurm: FakeSlurm, caplog: pytest.LogCaptureFixtu
     agent.one_pass()
     assert slurm.updates == []
     assert "would change 3 of 3 priorities; first: 3 1 2" in caplog.text
-    assert "Slurm started job 1 (place 2 of 3) after 0 s" in caplog.text
+    assert re.search(r"Slurm started job 1 \(place 2 of 3\) after \d s", caplog.text)
 
 
 def test_advise_sets_nice_values_only(slurm: FakeSlurm) -> None:
@@ -329,6 +341,28 @@ def test_only_the_partition_that_was_asked_for(slurm: FakeSlurm) -> None:
     slurm.add(3, partition="gpu")
     agent_for(slurm, partition="main").one_pass()
     assert {job_id for job_id, _ in slurm.updates} == {1, 2}
+
+
+def test_a_partition_without_nodes_is_reported_once(slurm: FakeSlurm, caplog: pytest.LogCaptureFixture) -> None:
+    slurm.add(1)
+    agent = agent_for(slurm, partition="nosuch")
+    for _ in range(2):
+        agent.listed = agent.looked = 0.0
+        agent.one_pass()
+    assert caplog.text.count("no node of partition nosuch takes jobs") == 1 and slurm.updates == []
+
+
+def test_a_job_whose_nodes_wake_up_runs(slurm: FakeSlurm, caplog: pytest.LogCaptureFixture) -> None:
+    agent = agent_for(slurm)
+    slurm.add(1, job_state="CONFIGURING", start_time=int(time.time()))
+    agent.one_pass()
+    assert agent.metrics.started == 1 and caplog.text == ""
+
+
+def test_names_are_any_bytes(slurm: FakeSlurm) -> None:
+    slurm.add(1, name=b"Gr\xf6\xdfe".decode(errors="surrogateescape"))
+    agent_for(slurm).one_pass()
+    assert [job_id for job_id, _ in slurm.updates] == [1]
 
 
 @pytest.mark.parametrize("network", [False, True])
@@ -430,6 +464,71 @@ def test_without_slurmrestd_pauses_grow(tmp_path: Path, monkeypatch: pytest.Monk
     assert Waits.pauses == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
 
 
+@pytest.mark.parametrize("nodes", [[None], ["n1"], [{"state_flags": None}], [{"state_flags": [1]}], None])
+def test_nodes_of_another_form_are_tried_again(slurm: FakeSlurm, nodes: Any) -> None:
+    slurm.add(1)
+    known, slurm.nodes = slurm.nodes, nodes
+    agent = agent_for(slurm)
+    with pytest.raises(sa.SlurmError, match="GET nodes: "):
+        agent.one_pass()
+    slurm.nodes = known
+    agent.one_pass()
+    assert len(slurm.updates) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "errors"),
+    [(200, ["held"]), (500, ["held"]), (500, None), (500, [{"error_number": None}]), (200, "held"), (200, [None])],
+)
+def test_errors_of_another_form_are_tried_again(slurm: FakeSlurm, status: int, errors: Any) -> None:
+    slurm.add(1)
+    slurm.update = lambda *_: (status, {"errors": errors})  # type: ignore[method-assign]
+    agent = agent_for(slurm)
+    with pytest.raises(sa.SlurmError, match=f"POST /job/1: HTTP {status}"):
+        agent.one_pass()
+    del slurm.update
+    agent.listed = 0.0
+    agent.one_pass()
+    assert len(slurm.updates) == 1
+
+
+@pytest.mark.parametrize("answer", [{"errors": None}, {}, {"errors": [{"error_number": None}]}])
+def test_an_update_without_an_error_is_one(slurm: FakeSlurm, answer: dict[str, Any]) -> None:
+    slurm.add(1)
+    slurm.update = lambda *_: (200, answer)  # type: ignore[method-assign]
+    agent = agent_for(slurm)
+    agent.one_pass()
+    assert agent.metrics.updates._value.get() == 1
+
+
+def test_a_job_that_is_no_object_is_left_alone(slurm: FakeSlurm, caplog: pytest.LogCaptureFixture) -> None:
+    slurm.add(1)
+    slurm.jobs[2] = "x"  # type: ignore[assignment]
+    agent_for(slurm).one_pass()
+    assert len(slurm.updates) == 1 and "not as expected" in caplog.text
+
+
+def test_a_replay_that_fails_is_logged_once(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> dict[str, float]:
+        raise RuntimeError("no such order")
+
+    monkeypatch.setattr(sa, "hindsight", fails)
+    agent = agent_for(slurm)
+    agent.finished.update({k: job(k, 1, 60.0, 0.0, 1.0, 2.0) for k in range(sa.HINDSIGHT_JOBS)})  # type: ignore[misc]
+    agent.processors = 16
+    agent.look_back()
+    until(lambda: agent.replay is not None and agent.replay.done())
+    for _ in range(2):
+        agent.look_back()
+    assert caplog.text.count("could not be replayed: no such order") == 1
+    stop = threading.Event()
+    stop.set()
+    agent.run(stop)  # a last replay, and out
+    assert caplog.text.count("could not be replayed: no such order") == 2
+
+
 def start_agent(slurm: FakeSlurm, *flags: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(ROOT / "slurm_agent.py"), "--policy", "easy-saf", "--mode", "live", *flags]
     return subprocess.Popen([*command, "--socket", str(slurm.server_address)], stderr=subprocess.PIPE)
@@ -458,6 +557,26 @@ def test_what_cannot_start_says_why(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("slurm_agent.py: unknown rule 'nonsense'")
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--metrics-port", "99999"), ("--metrics-port", "-1"), ("--max-nice", "-5"), ("--max-nice", "0"),
+        ("--interval", "0"), ("--interval", "nan"), ("--interval", "inf"), ("--max-wait", "nan"), ("--max-wait", "-1"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_work_are_refused(
+    flag: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["slurm_agent.py", flag, value])
+    monkeypatch.setattr(sa.Agent, "run", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="2"):
+        sa.main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"slurm_agent.py: {flag} {value}") and ": give " in said and said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -582,9 +701,22 @@ def test_export_round_trip(tmp_path: Path, form: str) -> None:
     assert len(schedule.jobs) == 180
 
 
+def test_lines_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    """A name with sacct's delimiter, a line cut short, and a job that its node has lost: its end is not known."""
+    lines = as_sacct([job(k, 2, 600.0, 1_780_000_000.0, 1_780_000_100.0, 1_780_000_200.0) for k in (1, 2, 3)])
+    lines = lines.replace("2|ann||app|", "2|ann||a|9|").replace("\n3|ann", "\n3\n4|ann").replace(
+        "Unknown|Unknown|5|1|PENDING", "2026-01-01T00:00:01|Unknown|5|8|NODE_FAIL"
+    )  # fmt: skip
+    (tmp_path / "source").write_text(lines)
+    said = sa.export(sa.Export((tmp_path / "source",), tmp_path / "trace.swf"))
+    assert "2 jobs, 2 with more or fewer columns than line 1" in said and "1 not finished, 1 never ran" in said
+    back = load_workload(str(tmp_path / "trace.swf"), "all").jobs
+    assert back.job_id.tolist() == [1, 4] and back.run_time.tolist() == [100.0, 100.0]
+
+
 def test_export_of_recorded_files(tmp_path: Path) -> None:
-    """What Slurm 22.05 itself wrote of the same jobs, as a log and as JSON, is the same trace."""
-    (tmp_path / "jobcomp.log").write_text(RECORDED["jobcomp"])
+    """What Slurm 22.05 itself wrote of the same jobs, as a log and as JSON, is the same trace, whatever their names."""
+    (tmp_path / "jobcomp.log").write_text(RECORDED["jobcomp"].replace("Name=ended ", "Name=a|b "))
     (tmp_path / "squeue.json").write_text(json.dumps(RECORDED["jobs"]))
     for name in ("jobcomp.log", "squeue.json"):
         sa.export(sa.Export((tmp_path / name,), tmp_path / f"{name}.swf", processors=16))
@@ -602,6 +734,8 @@ def test_export_of_recorded_files(tmp_path: Path) -> None:
         ("a|b\n1|2\n", "line 1: no column JobIDRaw, Submit"),
         ("JobId=1 JobState=COMPLETED\n", "line 1: no field 'SubmitTime'|line 1: no field 'Submit'"),
         ("hello world\n", "line 1: no field"),
+        ('{"jobs": ["x"]}', "not what `squeue --json`"),
+        ("|".join(sa.JOBCOMP_COLUMNS) + "\n1|ann|a", "no job that has run, 1 with more or fewer columns"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path: Path, text: str, problem: str) -> None:
