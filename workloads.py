@@ -43,7 +43,7 @@ class Jobs:
 
     submit_time: np.ndarray  # float64[N]
     run_time: np.ndarray  # float64[N], > 0, on a node of speed 1
-    requested_time: np.ndarray  # float64[N], > 0, the user's estimate of the run time (-1: none, in published sequences)
+    requested_time: np.ndarray  # float64[N], > 0, the user's estimate of the run time (-1 in published sequences)
     demand: np.ndarray  # float64[N, R]
     user: np.ndarray  # int32[N], -1 where unknown; so are the next three
     group: np.ndarray  # int32[N]
