@@ -14,7 +14,6 @@ block cancels in the differences. Times are seconds; N counts jobs, B blocks.
 import csv
 import hashlib
 import math
-import os
 import platform
 import re
 import shlex
@@ -53,6 +52,7 @@ from scheduler_env import (
 from workloads import (
     Jobs,
     Workload,
+    check_output,
     load_workload,
     offered_load,
     replacing,
@@ -887,12 +887,8 @@ def main() -> None:
     commands = {"compare": Compare, "rlscheduler": RLScheduler, "speed": Speed, "sweep": Sweep}
     args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     try:
-        if args.output and not args.output.parent.is_dir():
-            raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
-        if args.output and args.output.is_dir():
-            raise ValueError(f"--output {args.output}: a folder; give the name of a file")
-        if args.output and not os.access(args.output.parent, os.W_OK):
-            raise ValueError(f"--output {args.output}: the folder cannot be written to; give another")
+        if args.output:
+            check_output(args.output)
         results, table = {Compare: compare, RLScheduler: rlscheduler, Speed: speed, Sweep: sweep}[type(args)](args)
         if args.output:
             write_json(args.output, results)

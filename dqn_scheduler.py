@@ -467,8 +467,9 @@ class Trainer:
         self.rules = {name: self.judge_rule(name, self.validation, self.segments) for name in known}
         rivals = [name for name in known if self.can_follow(name)]
         self.best_rule = min(filter(self.acceptable, rivals), key=lambda name: self.rules[name].cost)
-        semantics = {"backfill": args.backfill, "lock_in": args.lock_in}
-        [self.example] = simulate(self.validation, self.best_rule, self.segments[:1], **semantics)
+        [self.example] = simulate(
+            self.validation, self.best_rule, self.segments[:1], backfill=args.backfill, lock_in=args.lock_in
+        )
         submitted, started = self.example.jobs.submit_time, np.sort(self.example.start_time)
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule
@@ -788,8 +789,9 @@ def log_end(trainer: Trainer) -> None:
 
 def check(args: Args) -> None:
     """Raises ValueError: what would fail later, and say less."""
-    least = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "hidden": 1, "target_frequency": 1}
-    for name, value in (least | {"n_step": 1, "batch_size": 1}).items():
+    least = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "hidden": 1}
+    least |= {"target_frequency": 1, "n_step": 1, "batch_size": 1}
+    for name, value in least.items():
         if getattr(args, name) < value:
             raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
     if not args.validation_loads or not args.training_loads:

@@ -9,7 +9,6 @@ about EPISODE_JOBS consecutive jobs after the other, as an agent's are of its ep
 replay; the global step counts jobs. Times are seconds.
 """
 
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from scheduler_env import Schedule, parse_rule, simulate
-from workloads import load_workload, workload_name, write_json
+from workloads import check_output, load_workload, workload_name, write_json
 
 EPISODE_JOBS = 512  # the environment's default `num_jobs`
 CHARTS = ("latency", "wait", "bounded_slowdown", "utilization")
@@ -133,12 +132,8 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     args.run_name = f"{workload_name(args.workload)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     try:
-        if args.output and not args.output.parent.is_dir():
-            raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
-        if args.output and args.output.is_dir():
-            raise ValueError(f"--output {args.output}: a folder; give the name of a file")
-        if args.output and not os.access(args.output.parent, os.W_OK):
-            raise ValueError(f"--output {args.output}: the folder cannot be written to; give another")
+        if args.output:
+            check_output(args.output)
         results = run(args)
         if args.output:
             write_json(args.output, {"workload": args.workload, "split": args.split, "policies": results})

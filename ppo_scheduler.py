@@ -217,7 +217,7 @@ class Agent(nn.Module):
         nodes = nodes.index_select(0, owner)
         demand, free = rows[:, None, JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
         scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
-        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # whatever there is to choose
+        bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # nearly as strong among many
         scores = scores + bonus.index_select(0, owner) * rows[:, RULE_CHOICE, None] * nodes[..., RULE_NODE]
         pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + node.shape[1:2])
         pairs = pairs.masked_scatter(present[..., None], scores)
@@ -451,8 +451,9 @@ class Trainer:
         self.rules = {name: self.judge_rule(name, self.validation, self.segments) for name in known}
         rivals = [name for name in known if self.can_follow(name)]
         self.best_rule = min(filter(self.acceptable, rivals), key=lambda name: self.rules[name].cost)
-        semantics = {"backfill": args.backfill, "lock_in": args.lock_in}
-        [self.example] = simulate(self.validation, self.best_rule, self.segments[:1], **semantics)
+        [self.example] = simulate(
+            self.validation, self.best_rule, self.segments[:1], backfill=args.backfill, lock_in=args.lock_in
+        )
         submitted, started = self.example.jobs.submit_time, np.sort(self.example.start_time)
         queued = np.arange(len(submitted)) - np.searchsorted(started, submitted)
         self.moment = float(submitted[queued.argmax()])  # of the pictures: the longest queue under the best rule

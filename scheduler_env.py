@@ -2043,9 +2043,10 @@ class SchedulerVectorEnv(VectorEnv):
         whole = self._core.schedule(e)
         own = self._core.schedule(e, self.warmup_jobs, self.warmup_jobs + self.num_jobs)
         s, begin = self._core.batch.s[e], own.jobs.submit_time[0]
+        end = max(s["now"], begin + 1.0)  # it may all have been one instant
         return {
             **own.metrics(),
-            "utilization": whole.utilization_between(begin, max(s["now"], begin + 1.0)),
+            "utilization": whole.utilization_between(begin, end),
             "return": float(s["returned"]),
             "decisions": int(s["decisions"]),
             "first_job": int(s["first"]),

@@ -146,6 +146,20 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(path: Path) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        ValueError: no file can be written there.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise ValueError(f"--output {path}: a folder; give the name of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: the folder cannot be written to; give another")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with replacing(path) as temporary:
