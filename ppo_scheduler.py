@@ -104,6 +104,9 @@ class Args:
     """jobs that the reference schedules before"""
     followup_jobs: int = 512
     """jobs that the reference schedules after; their cost counts"""
+    episodes_in_a_row: int = 1
+    """so many follow each other on one cluster, each beginning with the backlog that the agent left; more than a
+    reference leaves after a warm-up. A row ends where a job is older than the last `warmup_jobs`"""
     training_loads: tuple[float, ...] = (1.0,)
     """training jobs arrive so many times as fast, each of the factors as often: several prepare for busier times than
     the trace has had"""
@@ -461,7 +464,8 @@ class Trainer:
         self.rules[args.reference] = self.judge_rule(args.reference, self.validation, self.segments)
         self.envs = SchedulerVectorEnv(
             args.num_envs, at_loads(workload, args.training_loads), num_jobs=args.num_jobs,
-            warmup_jobs=args.warmup_jobs, followup_jobs=args.followup_jobs, queue_window=args.queue_window,
+            warmup_jobs=args.warmup_jobs, followup_jobs=args.followup_jobs, episodes_in_a_row=args.episodes_in_a_row,
+            queue_window=args.queue_window,
             backfill=args.backfill, lock_in=args.lock_in, reference=args.reference, recorded_history=True,
             objective=args.learn_from or args.objective, reward=args.reward,
         )  # fmt: skip

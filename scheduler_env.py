@@ -243,7 +243,7 @@ SCALARS = np.dtype(
     [("now", "f8"), ("shadow", "f8"), ("gain", "f8"), ("clear", "f8"), ("cost", "f8"), ("paid", "f8")]
     + [("returned", "f8")]
     + [(name, "i8") for name in "first arrived stop queued running scan reserved reserved_node started".split()]
-    + [(name, "i8") for name in "rule_job rule_node visible counted on_track full decisions".split()]
+    + [(name, "i8") for name in "rule_job rule_node visible counted on_track full decisions episode".split()]
 )
 LAST, PREVIOUS, COUNT, FEATURE = range(4)  # of a row of `history`: run times of the jobs of a group that have finished
 
@@ -1105,6 +1105,8 @@ def accrued(sim, p):
 Plan = namedtuple("Plan", "window warmup decided followup improvement full")
 # The run times of the past, by group (of `groups`) and in order of their end: rows offset[g] .. offset[g + 1].
 Past = namedtuple("Past", "offset end run")
+# To number groups with: new[g] and old[g], which are -1 between two uses, and the history under the old numbers.
+Numbers = namedtuple("Numbers", "new old history")
 
 
 @kernel
@@ -1142,32 +1144,52 @@ def sim_of(batch, e, plan):
 
 
 @kernel
-def seed_history(sim, p, groups, past, mark):
-    """Number the groups of the episode's jobs and give them what had ended before its first job was submitted."""
+def seed_history(sim, p, groups, past, numbers):
+    """Number the groups of the episode's jobs, and give them what the episode before it had seen of them or, to those
+    it did not have, what had ended before the first job was submitted."""
     count = 0
     for i in range(groups.shape[0]):
         for c in range(groups.shape[1]):
             g = groups[i, c]
-            if g >= 0 and mark[g] < 0:
-                mark[g] = count
-                first, last = past.offset[g], past.offset[g + 1]
-                while first < last:
-                    middle = (first + last) // 2
-                    if past.end[middle] <= p.jobs[0].submit:
-                        first = middle + 1
-                    else:
-                        last = middle
+            if g >= 0 and numbers.new[g] < 0:
+                numbers.new[g] = count
                 h = sim.history[count]
-                h[COUNT] = first - past.offset[g]
-                h[LAST] = past.run[first - 1] if h[COUNT] >= 1 else 0.0
-                h[PREVIOUS] = past.run[first - 2] if h[COUNT] >= 2 else h[LAST]
-                h[FEATURE] = np.log1p(0.5 * (h[LAST] + h[PREVIOUS])) / 12
+                if numbers.old[g] >= 0:
+                    for k in range(h.shape[0]):
+                        h[k] = numbers.history[numbers.old[g], k]
+                else:
+                    recall(h, past, g, p.jobs[0].submit)
                 count += 1
-            p.groups[i, c] = mark[g] if g >= 0 else -1
+            p.groups[i, c] = numbers.new[g] if g >= 0 else -1
     for i in range(groups.shape[0]):
         for c in range(groups.shape[1]):
             if groups[i, c] >= 0:
-                mark[groups[i, c]] = -1
+                numbers.new[groups[i, c]] = -1
+
+
+@kernel
+def recall(h, past, g, now):
+    """Fill row h of a history with what had ended of group g by now."""
+    first, last = past.offset[g], past.offset[g + 1]
+    while first < last:
+        middle = (first + last) // 2
+        if past.end[middle] <= now:
+            first = middle + 1
+        else:
+            last = middle
+    h[COUNT] = first - past.offset[g]
+    h[LAST] = past.run[first - 1] if h[COUNT] >= 1 else 0.0
+    h[PREVIOUS] = past.run[first - 2] if h[COUNT] >= 2 else h[LAST]
+    h[FEATURE] = np.log1p(0.5 * (h[LAST] + h[PREVIOUS])) / 12
+
+
+@kernel
+def number_old(p, groups, numbers, known):
+    """Note the number that each group has, or forget it."""
+    for i in range(groups.shape[0]):
+        for c in range(groups.shape[1]):
+            if groups[i, c] >= 0:
+                numbers.old[groups[i, c]] = p.groups[i, c] if known else -1
 
 
 @kernel
@@ -1175,7 +1197,7 @@ def clear_sim(sim, p):
     s = sim.s[0]
     s.arrived, s.queued, s.running, s.scan, s.started, s.decisions = 0, 0, 0, 0, 0, 0
     s.reserved, s.reserved_node, s.rule_job, s.rule_node = -1, -1, -1, -1
-    s.now, s.paid, s.returned, s.on_track, s.full = p.jobs[0].submit, 0.0, 0.0, 1, 1
+    s.now, s.paid, s.on_track, s.full, s.episode = p.jobs[0].submit, 0.0, 1, 1, 1
     copy_rows(p.capacity, sim.free)
     for i in range(s.stop):
         sim.plan[i].start, sim.plan[i].node = np.inf, 0
@@ -1183,14 +1205,19 @@ def clear_sim(sim, p):
 
 @kernel
 def reset_env(sim, p, other, plan):
-    """Let the rule run the warm-up, find the first choice, and simulate what the rule would make of the rest."""
-    s = sim.s[0]
+    """Let the rule run the warm-up, and find the first choice."""
     clear_sim(sim, p)
     run_rule(sim, p, plan.warmup)
-    if plan.window == 0:
-        return
-    settle(sim, p, plan.window)
-    s.paid, s.decisions = 0.0, 0
+    if plan.window > 0:
+        settle(sim, p, plan.window)
+        begin_episode(sim, p, other, plan)
+
+
+@kernel
+def begin_episode(sim, p, other, plan):
+    """Simulate what the rule would make of the rest."""
+    s = sim.s[0]
+    s.paid, s.returned, s.decisions = 0.0, 0.0, 0
     s.counted = s.queued + s.stop - s.arrived
     s.cost = waited = accrued(sim, p)
     if plan.improvement:
@@ -1234,14 +1261,66 @@ def step_env(sim, p, other, plan, action):
     return reward, not more, truncated
 
 
+@kernel
+def oldest_job(sim):
+    """The job that was submitted first of those that wait or run."""
+    s = sim.s[0]
+    oldest = sim.queue[0] if s.queued > 0 else s.arrived
+    for k in range(s.running):
+        oldest = min(oldest, sim.ends[k].job)
+    return oldest
+
+
+@kernel
+def shift_jobs(sim, by):
+    """Forget the first jobs, none of which is there any more, and make room for as many that are to come."""
+    s = sim.s[0]
+    for k in range(s.queued):
+        sim.queue[k] -= by
+        sim.order[k] -= by
+    for k in range(s.running):
+        sim.ends[k].job -= by
+        sim.dues[k].job -= by
+    for i in range(s.stop):
+        known = i + by < s.stop
+        sim.plan[i].start = sim.plan[i + by].start if known else np.inf
+        sim.plan[i].node = sim.plan[i + by].node if known else 0
+    s.first, s.arrived, s.episode = s.first + by, s.arrived - by, s.episode + 1
+    s.reserved = s.reserved - by if s.reserved >= 0 else -1
+    s.gain, s.clear, s.on_track, s.full = 0.0, -np.inf, 1, 1
+
+
 @entry
-def reset_envs(indices, whole, batch, others, part, past, mark, plan, obs, mask):
+def go_on_envs(indices, whole, batch, others, part, past, numbers, plan, obs, mask, went_on):
+    """Begin the next episode where the last one ended, unless a job older than its warm-up is still there."""
+    for e in indices:
+        p, sim = by_reference(problem_of(whole, batch, e)), by_reference(sim_of(batch, e, batch.plan[e]))
+        went_on[e] = oldest_job(sim) >= plan.decided
+        if not went_on[e]:
+            continue
+        first, count = batch.s[e].first, batch.s[e].stop
+        before, after = whole.groups[first : first + count], whole.groups[first + plan.decided :][:count]
+        shift_jobs(sim, plan.decided)
+        q = by_reference(problem_of(whole, batch, e))
+        other = by_reference(sim_of(others, part, batch.plan[e]))
+        if sim.history.shape[0] > 0:
+            copy_rows(sim.history, numbers.history)
+            number_old(p, before, numbers, True)
+            seed_history(sim, q, after, past, numbers)
+            number_old(p, before, numbers, False)
+        look(sim, q, plan.window)
+        begin_episode(sim, q, other, plan)
+        observe(sim, q, plan.window, obs[e], mask[e])
+
+
+@entry
+def reset_envs(indices, whole, batch, others, part, past, numbers, plan, obs, mask):
     for e in indices:
         p, sim = by_reference(problem_of(whole, batch, e)), by_reference(sim_of(batch, e, batch.plan[e]))
         other = by_reference(sim_of(others, part, batch.plan[e]))
         first = batch.s[e].first
         if sim.history.shape[0] > 0:
-            seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, mark)
+            seed_history(sim, p, whole.groups[first : first + batch.s[e].stop], past, numbers)
         reset_env(sim, p, other, plan)
         if plan.window > 0:
             observe(sim, p, plan.window, obs[e], mask[e])
@@ -1536,7 +1615,9 @@ class _Simulator:
         self.batch.s["stop"] = length
         parts = max(threads, min(4 * threads, count // 64)) if threads > 1 else 1  # who is done early takes the next
         self._others = self._allocate(parts, length, 3 * length if self.rule_uses_history else 0)
-        self._marks = [np.full(len(self.past.offset), -1, np.int64) for _ in range(parts)]
+        unknown = np.full(len(self.past.offset), -1)
+        rows = self.batch.history.shape[1:]
+        self._numbers = [Numbers(unknown.copy(), unknown.copy(), np.zeros(rows)) for _ in range(parts)]
         self._bounds = np.linspace(0, count, parts + 1).astype(int)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -1545,10 +1626,22 @@ class _Simulator:
 
         def work(part: int, low: int, high: int) -> None:
             mine = indices[(indices >= low) & (indices < high)]
-            mark = self._marks[part]
-            reset_envs(mine, self.whole, self.batch, self._others, part, self.past, mark, plan, obs, mask)
+            numbers = self._numbers[part]
+            reset_envs(mine, self.whole, self.batch, self._others, part, self.past, numbers, plan, obs, mask)
 
         self._parallel(work)
+
+    def go_on(self, indices: np.ndarray, plan: Plan, obs: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Begin the next episode where the last one ended; returns the simulations in which that was possible."""
+        went_on = np.zeros(len(self.batch.s), bool)
+
+        def work(part: int, low: int, high: int) -> None:
+            mine = indices[(indices >= low) & (indices < high)]
+            numbers = self._numbers[part]
+            go_on_envs(mine, self.whole, self.batch, self._others, part, self.past, numbers, plan, obs, mask, went_on)
+
+        self._parallel(work)
+        return np.flatnonzero(went_on)
 
     def step(self, actions: np.ndarray, plan: Plan, obs: np.ndarray, mask: np.ndarray, *out: np.ndarray) -> None:
         """Take an action in every simulation; `out`: rewards, terminated, truncated."""
@@ -1565,7 +1658,7 @@ class _Simulator:
     def _parallel(self, work: Callable[[int, int, int], None]) -> None:
         """work(part, low, high) over the simulations, parts side by side (the kernels release the GIL)."""
         with _compiling():
-            parts = list(zip(range(len(self._marks)), self._bounds[:-1], self._bounds[1:], strict=True))
+            parts = list(zip(range(len(self._numbers)), self._bounds[:-1], self._bounds[1:], strict=True))
             if self._pool:
                 list(self._pool.map(lambda part: work(*part), parts))
             else:
@@ -1859,6 +1952,9 @@ class SchedulerVectorEnv(VectorEnv):
         lock_in: RLScheduler's semantics, in which a chosen job holds the queue until it has started.
         split: "train", "validation", "test" or "all".
         num_threads: default: one a core, if each has 8 environments or more.
+        episodes_in_a_row: so many follow each other on one cluster, each beginning with the backlog that the agent left
+            in the one before it, instead of one that the reference leaves after a warm-up. A row ends early with the
+            workload's segment, or where a job is still there that is older than the last `warmup_jobs`.
         full_rollouts: never stop a roll-out early, where it meets the known trajectory (slower, the same rewards).
         recorded_history: a reference that looks at the history of users takes, for each job, what the trace says was
             known when it was submitted, not what has finished in the simulation: roll-outs can then stop early.
@@ -1891,6 +1987,7 @@ class SchedulerVectorEnv(VectorEnv):
         reference: str = "easy-sjf",
         lock_in: bool = False,
         split: str = "train",
+        episodes_in_a_row: int = 1,
         num_threads: int | None = None,
         full_rollouts: bool = False,
         recorded_history: bool = False,
@@ -1899,7 +1996,7 @@ class SchedulerVectorEnv(VectorEnv):
         for name, value, least in (
             ("num_envs", num_envs, 1), ("queue_window", queue_window, 1), ("num_jobs", num_jobs, 1),
             ("warmup_jobs", warmup_jobs, 0), ("followup_jobs", followup_jobs, 0),
-            ("num_threads", 1 if num_threads is None else num_threads, 1),
+            ("num_threads", 1 if num_threads is None else num_threads, 1), ("episodes_in_a_row", episodes_in_a_row, 1),
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -1920,6 +2017,7 @@ class SchedulerVectorEnv(VectorEnv):
             )
         self._places = np.maximum(spare, 0).cumsum()
         self.num_envs, self.render_mode, self.num_jobs, self.warmup_jobs = num_envs, render_mode, num_jobs, warmup_jobs
+        self.episodes_in_a_row = episodes_in_a_row
         nodes, resources = self.workload.cluster.capacity.shape
         self.layout = Layout(queue_window, nodes, resources)
         self.split = self.layout.split
@@ -1954,10 +2052,10 @@ class SchedulerVectorEnv(VectorEnv):
             self._generators = [np.random.default_rng(s) for s in seeds]
         first = (options or {}).get("first")
         if first is not None:
-            begin, end = self.workload.segments.T
-            for job in first:
-                if not ((begin <= job) & (job + self.length <= end)).any():
-                    raise ValueError(f"first is {job}; no segment of the workload has {self.length} jobs from there on")
+            outside = ~self._in_one_segment(np.asarray(first), self.length)
+            if outside.any():
+                job = np.asarray(first)[outside][0]
+                raise ValueError(f"first is {job}; no segment of the workload has {self.length} jobs from there on")
         self._reset(np.arange(self.num_envs), first)
         return self._obs, {"action_mask": self._mask}
 
@@ -1973,7 +2071,7 @@ class SchedulerVectorEnv(VectorEnv):
                 final = {"final_obs": self._obs[e].copy(), "final_info": self._final_info(e)}
                 final["final_schedule"] = self.schedule(e)
                 infos = self._add_info(infos, final, e)
-            self._reset(done)
+            self._reset(np.setdiff1d(done, self._go_on(done)))
         infos["action_mask"] = self._mask
         return self._obs, self._rewards.copy(), self._terminated.copy(), self._truncated.copy(), infos
 
@@ -2027,6 +2125,18 @@ class SchedulerVectorEnv(VectorEnv):
             first = [self._draw(self._generators[e]) for e in indices]
         self._core.batch.s["first"][indices] = first
         self._core.reset(indices, self._plan, self._obs, self._mask)
+
+    def _go_on(self, done: np.ndarray) -> np.ndarray:
+        """Begin the next episodes of rows that are not over; returns whose."""
+        s = self._core.batch.s[done]
+        more = self._truncated[done] & (s["episode"] < self.episodes_in_a_row)
+        more &= self._in_one_segment(s["first"], self.num_jobs + self.length)
+        return self._core.go_on(done[more], self._plan, self._obs, self._mask) if more.any() else done[more]
+
+    def _in_one_segment(self, first: np.ndarray, count: int) -> np.ndarray:
+        """bool[N]: whether so many jobs from first[N] on are of one segment."""
+        begin, end = self.workload.segments.T
+        return ((begin <= first[:, None]) & (first[:, None] + count <= end)).any(1)
 
     def _draw(self, generator: np.random.Generator) -> int:
         """The first job of a random episode: all places in all segments are as likely."""

@@ -485,9 +485,9 @@ def trail(envs: SchedulerVectorEnv, seed: int, steps: int) -> dict[str, np.ndarr
     return {name: np.stack(values) for name, values in rows.items()}
 
 
-@pytest.mark.parametrize("reward", ["improvement", "cost"])
-def test_the_same_seed_gives_the_same_episodes_whatever_the_number_of_environments_and_threads(cloud, reward):
-    options = dict(num_jobs=24, warmup_jobs=16, followup_jobs=8, queue_window=16, reward=reward)
+@pytest.mark.parametrize(("reward", "row"), [("improvement", 1), ("improvement", 3), ("cost", 1)])
+def test_the_same_seed_gives_the_same_episodes_whatever_the_number_of_environments_and_threads(cloud, reward, row):
+    options = dict(num_jobs=24, warmup_jobs=16, followup_jobs=8, queue_window=16, reward=reward, episodes_in_a_row=row)
     trails = {}
     for num_envs, threads in ((64, 1), (64, 2), (7, 2), (1, 1)):
         envs = SchedulerVectorEnv(num_envs, cloud, num_threads=threads, **options)
@@ -597,8 +597,73 @@ def test_final_info_sums_up_the_episode(cloud):
     assert info["utilization"] == pytest.approx(share @ length / (end - begin), rel=1e-9) and share.max() > 0
 
 
+# --- episodes in a row ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Workload:
+    return load_workload("tasks", "train", runs=2, run_jobs=400)
+
+
+ROW = dict(num_jobs=20, warmup_jobs=240, followup_jobs=20, queue_window=16)
+
+
+@pytest.mark.parametrize("lock_in", [False, True])
+def test_episodes_in_a_row_are_one_long_operation(tasks, lock_in):
+    row = SchedulerVectorEnv(1, tasks, **ROW, episodes_in_a_row=4, lock_in=lock_in)
+    whole = SchedulerVectorEnv(1, tasks, **(ROW | {"num_jobs": 80}), lock_in=lock_in)
+    rng, ended = np.random.default_rng(0), [0, 0]
+    for envs in (row, whole):
+        envs.reset(seed=1, options={"first": [0]})  # nobody has a history from before
+    while not ended[1]:
+        assert np.array_equal(row.observations, whole.observations), ended
+        choices = np.flatnonzero(whole.action_masks()[0])
+        action = rng.choice(choices, 1) if rng.random() < 0.2 else whole.rule_actions()  # so that no job gets too old
+        for k, envs in enumerate((row, whole)):
+            _, _, terminated, truncated, _ = envs.step(action)
+            ended[k] += int(truncated[0])
+            assert not terminated[0]
+    assert ended == [2 if lock_in else 4, 1]  # while one job holds the queue, those of a whole episode may arrive
+
+
+@given(workload=workloads(min_jobs=60, max_jobs=60), seed=SEEDS, reference=st.sampled_from(["easy-sjf", "wfp3"]))
+@settings(max_examples=25)
+def test_rewards_in_a_row_are_those_of_full_roll_outs_and_the_rule_gains_nothing(workload, seed, reference):
+    options = dict(num_jobs=8, warmup_jobs=20, followup_jobs=8, reference=reference, episodes_in_a_row=5)
+    early, full = (SchedulerVectorEnv(2, workload, **options, full_rollouts=full) for full in (False, True))
+    rng, deviate = np.random.default_rng(seed), False
+    early.reset(seed=seed), full.reset(seed=seed)
+    for _ in range(100):
+        masks = early.action_masks()
+        actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks]) if deviate else early.rule_actions()
+        (_, rewards, *_), (_, expected, *_) = early.step(actions), full.step(actions)
+        assert rewards == pytest.approx(expected, abs=1e-9) and np.array_equal(early.observations, full.observations)
+        assert deviate or rewards == pytest.approx([0, 0], abs=1e-12)
+        deviate = rng.random() < 0.3
+
+
+def first_jobs(workload: Workload, seed: int, count: int, **options: int) -> list[int]:
+    """Where the first episodes of an environment begin that follows the rule."""
+    envs, found = SchedulerVectorEnv(1, workload, **options), []
+    envs.reset(seed=seed)
+    while len(found) < count:
+        infos = envs.step(envs.rule_actions())[-1]
+        found += infos["final_info"]["first_job"].tolist() if "final_info" in infos else []
+    return found
+
+
+def test_a_row_ends_with_its_length_its_segment_or_a_job_older_than_the_warm_up(tasks):
+    steps = np.diff(first_jobs(tasks, 2, 12, **ROW, episodes_in_a_row=3))
+    assert (np.diff(np.flatnonzero(steps != 20)) <= 3).all() and (steps == 20).sum() >= 6
+    ends = [first % 400 + 280 for first in first_jobs(tasks, 2, 40, **ROW, episodes_in_a_row=100)]
+    assert 380 < max(ends) <= 400
+    old = ROW | {"warmup_jobs": 0}  # at the end of an episode there are always jobs that run
+    assert 20 not in np.diff(first_jobs(tasks, 2, 10, **old, episodes_in_a_row=100))
+
+
 def test_a_state_that_two_environments_load_is_not_shared(cloud):
-    first, second = (SchedulerVectorEnv(2, cloud, num_jobs=20, warmup_jobs=5, followup_jobs=5) for _ in range(2))
+    options = dict(num_jobs=20, warmup_jobs=60, followup_jobs=5, episodes_in_a_row=2)
+    first, second = (SchedulerVectorEnv(2, cloud, **options) for _ in range(2))
     first.reset(seed=3)
     second.load_state_dict(first.state_dict())
     began = first._core.batch.s["first"].tolist()
@@ -676,6 +741,7 @@ def test_no_render_mode_draws_nothing(cloud):
         ({"followup_jobs": -1}, "followup_jobs is -1; it must be at least 0"),
         ({"num_envs": 0}, "num_envs is 0; it must be at least 1"),
         ({"num_threads": -1}, "num_threads is -1; it must be at least 1"),
+        ({"episodes_in_a_row": 0}, "episodes_in_a_row is 0; it must be at least 1"),
         ({"backfill": "conservative"}, "backfill is 'conservative'; use one of easy, none"),
         ({"objective": "makespan"}, "objective is 'makespan'; use one of latency, wait, slowdown"),
         ({"reward": "sparse"}, "reward is 'sparse'; use one of improvement, cost"),
