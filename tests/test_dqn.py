@@ -34,7 +34,8 @@ from workloads import load_workload
 SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
 SMALL += ("--num-envs", "8", "--num-steps", "32", "--num-evaluations", "2", "--gamma", "0.9", "--n-step", "3")
 SMALL += ("--batch-size", "64", "--updates-per-decision", "0.05", "--buffer-steps", "100", "--learning-starts", "10")
-SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--total-timesteps", "4096")
+SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--episodes-in-a-row", "2")
+SMALL += ("--total-timesteps", "4096")
 
 
 def script(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:

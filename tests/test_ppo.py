@@ -36,7 +36,8 @@ from workloads import load_workload
 ROOT = Path(ppo_scheduler.__file__).parent
 SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
 SMALL += ("--num-envs", "8", "--num-steps", "32", "--num-minibatches", "2", "--num-evaluations", "2")
-SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--total-timesteps", "2048")
+SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--episodes-in-a-row", "2")
+SMALL += ("--total-timesteps", "2048")
 
 
 def script(folder: Path, *flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
