@@ -1301,16 +1301,16 @@ def go_on_envs(indices, whole, batch, others, part, past, numbers, plan, obs, ma
         first, count = batch.s[e].first, batch.s[e].stop
         before, after = whole.groups[first : first + count], whole.groups[first + plan.decided :][:count]
         shift_jobs(sim, plan.decided)
-        q = by_reference(problem_of(whole, batch, e))
+        p = by_reference(problem_of(whole, batch, e))  # its jobs are others now
         other = by_reference(sim_of(others, part, batch.plan[e]))
         if sim.history.shape[0] > 0:
             copy_rows(sim.history, numbers.history)
             number_old(p, before, numbers, True)
-            seed_history(sim, q, after, past, numbers)
+            seed_history(sim, p, after, past, numbers)
             number_old(p, before, numbers, False)
-        look(sim, q, plan.window)
-        begin_episode(sim, q, other, plan)
-        observe(sim, q, plan.window, obs[e], mask[e])
+        look(sim, p, plan.window)
+        begin_episode(sim, p, other, plan)
+        observe(sim, p, plan.window, obs[e], mask[e])
 
 
 @entry
@@ -2197,7 +2197,8 @@ class SchedulerVectorEnv(VectorEnv):
 
 
 class SchedulerEnv(gym.Env):
-    """One cluster; arguments, observations and actions as in `SchedulerVectorEnv`."""
+    """One cluster; arguments, observations and actions as in `SchedulerVectorEnv`. Every `reset` draws a new episode:
+    with `episodes_in_a_row` nothing is different here."""
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012
 
