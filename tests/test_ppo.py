@@ -14,6 +14,7 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import dqn_scheduler
 import ppo_scheduler
 from policies import load_policy
 from ppo_scheduler import Agent, Args, Trainer, gae, log_prob_and_entropy, rollout, sample, some_runs
@@ -269,6 +271,17 @@ def test_a_run_that_was_killed_before_a_validation_does_not_lose_it(tmp_path: Pa
     events = EventAccumulator(str(run))
     events.Reload()
     assert [event.step for event in events.Scalars("eval/cost")] == list(range(0, 2049, 256))
+
+
+@pytest.mark.parametrize("algorithm", [ppo_scheduler, dqn_scheduler])
+def test_the_flags_of_an_episode_reach_the_clusters(tmp_path: Path, algorithm: ModuleType) -> None:
+    episode = dict(num_envs=3, num_jobs=30, warmup_jobs=20, episodes_in_a_row=5)
+    flags = [str(part) for name, value in episode.items() for part in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--workload", SMALL[1], "--reference", "fifo", "--followup-jobs", "10", "--queue-window", "9"]
+    args = tyro.cli(algorithm.Args, args=flags)
+    envs = algorithm.Trainer(args, tmp_path, Console()).envs
+    assert {name: getattr(envs, name) for name in episode} == episode
+    assert envs.length == 60 and envs.layout.window == 9
 
 
 def test_a_run_with_lock_in_trains(tmp_path: Path) -> None:
