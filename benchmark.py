@@ -73,7 +73,8 @@ class Compare:
     workload: str = "cloud"
     """a preset (cloud, hpc, manufacturing, datacenter, tasks) or the path of an SWF trace, plain or gzipped"""
     policies: tuple[str, ...] = ("fifo", "easy-fifo", "easy-sjf")
-    """rules, run folders and paths of policy.onnx; `all` is every rule; the first is what the others differ from"""
+    """rules, run folders and paths of policy.onnx, each with its own patience if @HOURS is behind it; `all` is every
+    rule; the first is what the others differ from"""
     protocol: Literal["continuous", "windows"] = "continuous"
     """replay the split as one run, or windows of it from an empty machine, as the literature does"""
     split: Literal["test", "validation"] = "test"
@@ -382,11 +383,11 @@ def replay_all(
     if folder:
         folder.mkdir(exist_ok=True)
     tasks = [(scenario, name) for scenario in workloads for name in policies]
-    arguments = [str(p.path) if isinstance(p := policies[name], OnnxPolicy) else p.reference for _, name in tasks]
+    arguments = [policies[name].argument for _, name in tasks]
     code = [Path(__file__).with_name(f"{module}.py").read_bytes() for module in ("scheduler_env", "policies")]
     jobs = {scenario: workload_digest(workload) for scenario, workload in workloads.items()}
     files = [
-        folder and folder / f"{digest(*code, jobs[scenario].encode(), policy_bytes(policies[name]))[:24]}.npz"
+        folder and folder / f"{digest(*code, jobs[scenario].encode(), policies[name].identity)[:24]}.npz"
         for scenario, name in tasks
     ]
     with ExitStack() as stack:
@@ -434,10 +435,6 @@ def workload_digest(workload: Workload) -> str:
     arrays = [getattr(workload.jobs, column.name) for column in fields(workload.jobs)]
     arrays += [workload.segments, workload.cluster.capacity, workload.cluster.speed]
     return digest(*(np.ascontiguousarray(array).tobytes() for array in arrays))
-
-
-def policy_bytes(policy: Policy) -> bytes:
-    return policy.path.read_bytes() if isinstance(policy, OnnxPolicy) else policy.name.encode()
 
 
 # ----------------------------------------------------------------------------------------------------- the statistics
@@ -538,7 +535,7 @@ def write_report(
 
 def trained(policy: OnnxPolicy) -> dict[str, Any]:
     names = ("algorithm", "workload", "objective", "reference", "rule", "steps", "seed")
-    file = {"file": str(policy.path), "sha256": hashlib.sha256(policy_bytes(policy)).hexdigest()}
+    file = {"file": policy.argument, "sha256": hashlib.sha256(policy.data).hexdigest()}
     return {name: getattr(policy.metadata, name) for name in names} | file
 
 
@@ -684,8 +681,8 @@ def training_seeds(replays: Replays, best_rule: str, metric: str, seed: int) -> 
     blocks, a score is the best rule's cost over the policy's (above 1: better than the rule). Empty: there are none."""
     groups: dict[str, list[str]] = {}
     for name in replays.per_block:
-        if run := re.fullmatch(r"(.+)__\d+__\d+/policy\.onnx", name):
-            groups.setdefault(run[1], []).append(name)
+        if run := re.fullmatch(r"(.+)__\d+__\d+/policy\.onnx(@.+)?", name):
+            groups.setdefault(run[1] + (run[2] or ""), []).append(name)
     groups = {group: names for group, names in groups.items() if len(names) > 1}
     if not groups:
         return {}

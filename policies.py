@@ -2,6 +2,7 @@
 
     from policies import load_policy
     policy = load_policy("runs/cloud__ppo_scheduler__1__1700000000")  # or the policy.onnx in it, or "easy-sjf"
+    patient = load_policy("runs/cloud__ppo_scheduler__1__1700000000@12")  # who has waited for 12 hours goes first
     [schedule] = policy.schedule(load_workload("my_cluster.swf.gz", "test"))
     action = policy.predict(observation)
     decision = policy.decide(ClusterState(now, cluster, queued, running, start_time, node))  # of a real cluster
@@ -65,14 +66,17 @@ class Policy(ABC):
 
     Attributes:
         name: what tables call it.
+        argument: what `load_policy` makes it from.
+        identity: bytes that are another policy's where it decides differently.
         reference: the rule that the environment behind the observations has to be made with (`reference=`).
         layout: how the observations given to `predict` are laid out (`envs.layout`); set it for another cluster or
             window. A rule has none until it is set.
         generator: what `predict(..., deterministic=False)` draws from.
     """
 
-    def __init__(self, name: str, reference: str, layout: Layout | None = None) -> None:
-        self.name, self.reference, self.layout = name, reference, layout
+    def __init__(self, name: str, argument: str, identity: bytes, reference: str, layout: Layout | None = None) -> None:
+        self.name, self.argument, self.identity = name, argument, identity
+        self.reference, self.layout = reference, layout
         self.generator = np.random.default_rng(0)
 
     def predict(
@@ -162,7 +166,7 @@ class RulePolicy(Policy):
         self.rule = parse_rule(name)
         # The name of a tuned rule is its weights, too long for a table; a checksum tells two of them apart.
         short = f"{self.rule.title}-{zlib.crc32(name.encode()):08x}" if self.rule.weights else name
-        super().__init__(short, name)
+        super().__init__(short, name, name.encode(), name)
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
@@ -206,24 +210,25 @@ class OnnxPolicy(Policy):
     """A trained policy: a network that reads jobs[B, K, Fj], nodes[B, M, Fn], cluster[B, Fc] and mask[B, K*M + 1], all
     float32, and gives logits[B, K*M + 1], for any B, K and M."""
 
-    def __init__(self, path: Path, data: bytes | None = None) -> None:
-        """`data` is what the file holds, if it has been read."""
-        self.path, self.data = path, _read(path) if data is None else data
+    def __init__(self, path: Path, data: bytes | None = None, hours: str = "") -> None:
+        """`data` is what the file holds, if it has been read; `hours` the patience instead of the one trained with."""
+        self.path, self.data, self.hours = path, _read(path) if data is None else data, hours
         self.session = _session(path, self.data)
-        self.metadata = meta = _metadata(path, self.session)
+        self.metadata = meta = _patient(_metadata(path, self.session), hours)
         # All trained policies are called policy.onnx: the folder of the run tells them apart.
         name, layout = "/".join(path.parts[-2:]), Layout(meta.queue_window, meta.nodes, meta.resources)
-        super().__init__(name, meta.rule or meta.reference, layout)
+        at = f"@{hours}" if hours else ""
+        super().__init__(name + at, f"{path}{at}", self.data + at.encode(), meta.rule or meta.reference, layout)
         try:
             self.rule = parse_rule(self.reference)
         except ValueError as error:
-            raise PolicyError(f"{path}: {error}; train it again") from None
+            raise PolicyError(f"{path}: {error}; " + ("try another" if hours else "train it again")) from None
         # terminate = True, from any thread, ends a call that takes too long
         self.run_options = onnxruntime.RunOptions()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it is the same policy, whatever the file holds by then."""
-        return OnnxPolicy, (self.path, self.data)
+        return OnnxPolicy, (self.path, self.data, self.hours)
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
@@ -334,19 +339,23 @@ class OnnxPolicy(Policy):
 
 
 def load_policy(name_or_path: str) -> Policy:
-    """The rule of that name, or the trained policy in that file or run folder.
+    """The rule of that name, or the trained policy in that file or run folder. Behind either, `@HOURS` is its patience:
+    who has waited for longer goes first (`parse_rule`), which a trained policy otherwise has from where it was trained.
 
     Raises:
         PolicyError: no such rule or file, a file that is no ONNX or none of ours, or made for other features.
     """
     if name_or_path.startswith("tuned:"):  # longer than the name of any file
         return _rule_policy(name_or_path)
-    path = Path(name_or_path)
+    plain, _, hours = name_or_path.rpartition("@")
+    if not plain or "/" in hours or Path(name_or_path).exists():
+        plain, hours = name_or_path, ""
+    path = Path(plain)
     if path.is_dir() and not (path / "policy.onnx").exists():
         raise PolicyError(f"{path}: no such file as policy.onnx in this folder; give one of a run that was validated")
     path = path / "policy.onnx" if path.is_dir() else path
     if path.suffix == ".onnx" or path.exists() or len(path.parts) > 1:
-        return OnnxPolicy(path)
+        return OnnxPolicy(path, hours=hours)
     return _rule_policy(name_or_path)
 
 
@@ -355,6 +364,14 @@ def _rule_policy(name: str) -> RulePolicy:
         return RulePolicy(name)
     except ValueError as error:
         raise PolicyError(f"{error}; or give the path of a policy.onnx") from None
+
+
+def _patient(meta: Metadata, hours: str) -> Metadata:
+    """With another patience of the reference and of the rule that the file stands for, if hours are given."""
+    if not hours:
+        return meta
+    reference, rule = (name and f"{name.partition('@')[0]}@{hours}" for name in (meta.reference, meta.rule))
+    return replace(meta, reference=reference, rule=rule)
 
 
 def _read(path: Path) -> bytes:

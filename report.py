@@ -122,20 +122,20 @@ class Look:
         names = list(results["policies"])
         short = {name: short_name(name) for name in names}
         self.labels = {
-            n: s if list(short.values()).count(s) == 1 else n.removesuffix("/policy.onnx") for n, s in short.items()
+            n: s if list(short.values()).count(s) == 1 else n.replace("/policy.onnx", "") for n, s in short.items()
         }
         free = iter(COLOURS * 2)
         self.colours = {name: BASELINE_COLOURS.get(name) or next(free) for name in shown}
 
     def line(self, name: str) -> dict[str, Any]:
-        width = 2.4 if name.endswith(".onnx") else 1.5
+        width = 2.4 if ".onnx" in name else 1.5
         return {"color": self.colours[name], "label": self.labels[name], "linewidth": width}
 
 
 def short_name(name: str) -> str:
     """`hpc__ppo_scheduler__1__1700000000/policy.onnx` is called `ppo_scheduler (seed 1)`."""
-    run = re.fullmatch(r"(.+)__(.+)__(\d+)__\d+/policy\.onnx", name)
-    return f"{run[2]} (seed {run[3]})" if run else name.removesuffix("/policy.onnx")
+    run = re.fullmatch(r"(.+)__(.+)__(\d+)__\d+/policy\.onnx(@.+)?", name)
+    return f"{run[2]}{run[4] or ''} (seed {run[3]})" if run else name.replace("/policy.onnx", "")
 
 
 def duration(seconds: float) -> str:

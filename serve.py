@@ -62,7 +62,7 @@ OPEN_PATHS = ("/healthz", "/readyz")  # without a token
 @dataclass
 class Args:
     policy: str
-    """path of a policy.onnx, or the name of a rule"""
+    """path of a policy.onnx, or the name of a rule; with @HOURS behind it who has waited for longer goes first"""
     host: str = "127.0.0.1"
     """address to listen on; other than loopback needs --token-file"""
     port: int = 8000
@@ -385,13 +385,13 @@ class Model:
         Raises:
             PolicyError: it fails in a small state.
         """
-        data = policy.data if isinstance(policy, OnnxPolicy) else policy.reference.encode()
         resources = policy.metadata.resources if isinstance(policy, OnnxPolicy) else 1
         compile_kernels(resources)  # before the clock starts
         timer = threading.Timer(TRIAL_SECONDS, end_calls, (policy,))
         timer.start()
         try:
-            model = Model(policy, RulePolicy(policy.reference), hashlib.sha256(data).hexdigest()[:12], time.time())
+            version = hashlib.sha256(policy.identity).hexdigest()[:12]
+            model = Model(policy, RulePolicy(policy.reference), version, time.time())
             for chooser in (model.fallback, model.policy):
                 chooser.decide(example(resources))
         finally:

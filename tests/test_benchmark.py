@@ -208,6 +208,10 @@ def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[...
     for name in files:  # these files' network follows easy-sjf
         assert results["policies"][name] == results["policies"]["easy-sjf"]
         assert results["differences"][name]["latency"] == {"mean": 0.0, "ci95": [0.0, 0.0]}
+    results = run("compare", "--workload", SMALL, "--policies", "easy-sjf@1", "one@1", "one")["policies"]
+    assert list(results) == ["easy-sjf@1", "one/policy.onnx@1", "one/policy.onnx"]
+    assert results["one/policy.onnx@1"] == results["easy-sjf@1"]
+    assert results["one/policy.onnx@1"]["wait"]["mean"] > 1.3 * results["one/policy.onnx"]["wait"]["mean"]
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,33 @@ def test_a_file_that_stands_for_a_rule_schedules_as_the_rule(tmp_path: Path) -> 
     np.testing.assert_array_equal(policy.predict(observations), envs.rule_actions())
 
 
+@pytest.mark.parametrize("stands_for", [None, "easy-sjf@500"])
+def test_hours_behind_a_file_are_its_patience(tmp_path: Path, stands_for: str | None) -> None:
+    """A network that follows its rule, and a file that stands for it: as the rule of that patience, in every use."""
+    jobs = load_workload("hpc", "test", runs=1, run_jobs=800)
+    size = {"nodes": 1, "resources": 1, "queue_window": 800}
+    write_policy(tmp_path / "run@3" / "policy.onnx", reference="easy-sjf@500", rule=stands_for, **size)
+    [without], [patient] = se.simulate(jobs, "easy-sjf"), se.simulate(jobs, "easy-sjf@2")
+    assert patient.wait.max() < 0.9 * without.wait.max()
+    plain = load_policy(f"{tmp_path}/run@3")
+    policy = load_policy(f"{tmp_path}/run@3@2")
+    assert (plain.name, plain.reference) == ("run@3/policy.onnx", "easy-sjf@500")
+    assert (policy.name, policy.reference) == ("run@3/policy.onnx@2", "easy-sjf@2")
+    assert plain.identity != policy.identity
+    for again in (policy, load_policy(policy.argument), pickle.loads(pickle.dumps(policy))):
+        assert again.schedule(jobs)[0].start_time.tolist() == patient.start_time.tolist()
+    state = small_state(now=7_300.0)
+    waited = np.array([10.0, 10.0, 10.0, 7_201.0])  # the last one requests the most time
+    overdue = replace(state, queued=replace(state.queued, submit_time=state.now - waited))
+    assert plain.decide(overdue).start[0][0] == 2 and policy.decide(overdue).start[0][0] == 3
+
+
+@pytest.mark.parametrize("hours", ["two", "-1", "nan"])
+def test_odd_hours_behind_a_file_are_refused(policy: OnnxPolicy, hours: str) -> None:
+    with pytest.raises(PolicyError, match=rf"policy.onnx: .*'easy-sjf@{hours}': behind @ goes a number.*; try another"):
+        load_policy(f"{policy.path}@{hours}")
+
+
 def test_predict_and_sampling(tmp_path: Path) -> None:
     policy = load_policy(str(write_policy(tmp_path / "run" / "policy.onnx", follow=1.0)))
     assert policy.name == "run/policy.onnx"

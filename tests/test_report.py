@@ -255,6 +255,16 @@ def test_seeds_are_taken_together_by_name() -> None:
     assert found["w__ppo"]["profile"][int(np.searchsorted(levels, 0.8))] == pytest.approx(2 / 3)
     replays.per_block = {name: cost[name] for name in ("fifo", "easy-fifo", "w__dqn__1__1700000001/policy.onnx")}
     assert benchmark.training_seeds(replays, "fifo", "latency", seed=1) == {}
+    replays.per_block = {f"{name}{'@5' * ('w__' in name)}": values for name, values in cost.items()} | cost
+    groups = benchmark.training_seeds(replays, "best", "latency", seed=1)["groups"]  # another patience is another group
+    assert set(groups) == {"w__ppo", "w__ppo@5", "fifo", "easy-fifo"} and len(groups["w__ppo@5"]["runs"]) == 3
+
+
+def test_runs_are_called_by_what_they_are() -> None:
+    assert report.short_name("w__ppo__3__17000/policy.onnx") == "ppo (seed 3)"
+    assert report.short_name("w__ppo__3__17000/policy.onnx@5") == "ppo@5 (seed 3)"
+    assert report.short_name("mine/policy.onnx@5") == "mine@5"
+    assert report.short_name("easy-sjf@5") == "easy-sjf@5"
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -398,6 +408,16 @@ def test_the_same_command_reads_what_it_has_replayed(written: Path, monkeypatch:
     assert {path: path.stat().st_mtime_ns for path in (written / "replays").iterdir()} == before
     again = results_of(written)
     assert {**first, "made": 0} == {**again, "made": 0}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_same_file_with_another_patience_is_replayed_anew(tmp_path: Path) -> None:
+    make_runs(tmp_path)
+    waits = {}
+    for policy in (RUNS[1], f"{RUNS[1]}@1"):
+        call(*SHORT, "--policies", "easy-sjf", policy, "--report", "out")
+        waits[policy] = list(results_of(Path("out"))["policies"].values())[1]["wait"]["mean"]
+    assert waits[RUNS[1]] != waits[f"{RUNS[1]}@1"]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -383,6 +384,22 @@ def test_a_failing_model_is_replaced_by_its_rule(tmp_path: Path, failure: Any, c
         assert answer["fallback"] == "failing" and answer["decided_by"] == "easy-sjf" and len(answer["start"]) == 3
     assert metric(session, "resourcerl_fallbacks_total") == 3
     assert len(caplog.records) == 1 and "its rule decides" in caplog.text  # all are counted, one is told
+
+
+def test_hours_behind_the_file_are_a_promise_to_those_who_wait(tmp_path: Path) -> None:
+    path, overdue = write_policy(tmp_path / "policy.onnx"), changed("now", to=5_000.0)
+    for job in overdue["queued"][:3]:  # all but the last, which has waited since 3 s
+        job["submit_time"] = 4_990.0
+    plain, patient = client(str(path)), client(f"{path}@1")
+    first, second = post(plain, overdue).json(), post(patient, overdue).json()
+    assert (first["start"][0]["job"], second["start"][0]["job"]) == (3, "d")
+    assert first["policy_version"] == hashlib.sha256(path.read_bytes()).hexdigest()[:12] != second["policy_version"]
+    assert second["decided_by"] == f"{tmp_path.name}/policy.onnx@1"
+    assert patient.service.model.fallback.reference == "easy-sjf@1"
+    before = patient.service.model.version
+    write_policy(path, seed=2)
+    patient.service.refresh()
+    assert patient.service.model.version != before and patient.service.model.policy.hours == "1"
 
 
 def test_a_new_file_that_is_odd_in_any_way_leaves_the_old_policy(
