@@ -214,7 +214,7 @@ class OnnxPolicy(Policy):
         """`data` is what the file holds, if it has been read; `hours` the patience instead of the one trained with."""
         self.path, self.data, self.hours = path, _read(path) if data is None else data, hours
         self.session = _session(path, self.data)
-        self.metadata = meta = _patient(_metadata(path, self.session), hours)
+        self.metadata = meta = _with_patience(_metadata(path, self.session), hours)
         # All trained policies are called policy.onnx: the folder of the run tells them apart.
         name, layout = "/".join(path.parts[-2:]), Layout(meta.queue_window, meta.nodes, meta.resources)
         at = f"@{hours}" if hours else ""
@@ -341,6 +341,7 @@ class OnnxPolicy(Policy):
 def load_policy(name_or_path: str) -> Policy:
     """The rule of that name, or the trained policy in that file or run folder. Behind either, `@HOURS` is its patience:
     who has waited for longer goes first (`parse_rule`), which a trained policy otherwise has from where it was trained.
+    (The weights of a tuned rule hold one more, which stays: the shorter of the two acts.)
 
     Raises:
         PolicyError: no such rule or file, a file that is no ONNX or none of ours, or made for other features.
@@ -366,7 +367,7 @@ def _rule_policy(name: str) -> RulePolicy:
         raise PolicyError(f"{error}; or give the path of a policy.onnx") from None
 
 
-def _patient(meta: Metadata, hours: str) -> Metadata:
+def _with_patience(meta: Metadata, hours: str) -> Metadata:
     """With another patience of the reference and of the rule that the file stands for, if hours are given."""
     if not hours:
         return meta
