@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
@@ -88,7 +89,7 @@ class Compare:
     blocks: int = 50
     """into how many blocks a continuous replay is cut for the intervals"""
     episodes: int = 100
-    """the number of windows, each a block"""
+    """the number of windows, each a block; as many as there are side by side, if that is fewer"""
     episode_jobs: int = 256
     """the jobs of a window"""
     seed: int = 1
@@ -166,9 +167,10 @@ def held_out(args: Compare) -> Workload:
     Raises:
         ValueError: a flag makes no sense, or (WorkloadError) the workload cannot be used.
     """
-    for name in ("max_jobs", "runs", "blocks", "episodes", "episode_jobs"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    least = dict.fromkeys(("max_jobs", "runs", "blocks", "episodes", "episode_jobs", "workers"), 1) | {"seed": 0}
+    for name, lowest in least.items():
+        if (value := getattr(args, name)) is not None and value < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {lowest}")
     workload = load_workload(args.workload, args.split, runs=args.runs)
     if args.max_jobs:
         workload = replace(workload, segments=shorter(workload.segments, args.max_jobs))
@@ -190,12 +192,15 @@ def shorter(segments: np.ndarray, max_jobs: int) -> np.ndarray:
 
 
 def windows(segments: np.ndarray, episodes: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """int[episodes, 2]: windows of `length` jobs, each place as likely; they may overlap."""
-    places = np.concatenate([np.arange(first, last - length + 1) for first, last in segments])
+    """int[E, 2]: windows of `length` jobs in random order, `episodes` or as many as fit side by side: jobs that were in
+    several would make intervals narrower without telling more."""
+    fitting = [(first, *divmod(last - first, length)) for first, last in segments]
+    starts = [first + rng.integers(spare + 1) + length * np.arange(count) for first, count, spare in fitting]
+    places = np.concatenate(starts).astype(int)
     if len(places) == 0:
         longest = (segments[:, 1] - segments[:, 0]).max()
         raise ValueError(f"--episode-jobs {length}: the split has only {longest} jobs in a row; give fewer")
-    first = rng.choice(places, episodes)
+    first = rng.permutation(places)[:episodes]
     return np.stack([first, first + length], axis=1)
 
 
@@ -383,7 +388,6 @@ def replay_all(
     if folder:
         folder.mkdir(exist_ok=True)
     tasks = [(scenario, name) for scenario in workloads for name in policies]
-    arguments = [policies[name].argument for _, name in tasks]
     code = [Path(__file__).with_name(f"{module}.py").read_bytes() for module in ("scheduler_env", "policies")]
     jobs = {scenario: workload_digest(workload) for scenario, workload in workloads.items()}
     files = [
@@ -398,12 +402,13 @@ def replay_all(
             pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore)
             stack.callback(pool.shutdown, cancel_futures=True)
             run = pool.map
-        found = run(replay, arguments, [workloads[scenario] for scenario, _ in tasks], files)
+        who, jobs_of_task = [policies[name] for _, name in tasks], [workloads[scenario] for scenario, _ in tasks]
+        found = run(replay, who, jobs_of_task, files)
         for (scenario, name), result in replaying(zip(tasks, found, strict=True), len(tasks)):
             yield scenario, name, result
 
 
-def replay(argument: str, workload: Workload, file: Path | None) -> tuple[np.ndarray, np.ndarray] | str:
+def replay(policy: Policy, workload: Workload, file: Path | None) -> tuple[np.ndarray, np.ndarray] | str:
     """Start times and nodes of the jobs of all segments, from the file or else into it; or what is wrong."""
     if file and file.exists():
         try:
@@ -412,7 +417,7 @@ def replay(argument: str, workload: Workload, file: Path | None) -> tuple[np.nda
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # damaged: replay again
             pass
     try:
-        schedules = load_policy(argument).schedule(workload)
+        schedules = policy.schedule(workload)
     except PolicyError as error:
         return str(error)
     start_time = np.concatenate([schedule.start_time for schedule in schedules])
@@ -457,7 +462,7 @@ def statistics(per_block: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
 
 
 def comparison_table(results: dict[str, Any]) -> Table:
-    """A row a policy: each mean, half the width of its interval, and the difference to the first policy."""
+    """A row a policy: each mean with its interval, and the difference to the first policy with its own."""
     workload, split, protocol = (results[key] for key in ("workload", "split", "protocol"))
     first = next(iter(results["policies"]))
     blocks = len(results["policies"][first]["wait"]["per_block"])
@@ -471,21 +476,20 @@ def comparison_table(results: dict[str, Any]) -> Table:
         cells = []
         for metric, figure in metrics.items():
             form = {"bounded_slowdown": ",.2f", "utilization": ",.4f"}.get(metric, ",.0f")
-            cells.append(plus_minus(figure, form, "\n±"))
+            cells.append(with_interval(figure, form))
             if name != first:
-                cells[-1] += "\n" + plus_minus(results["differences"][name][metric], "+.1f", "±", "%")
+                cells[-1] += "\n" + with_interval(results["differences"][name][metric], "+.1f", "%")
         table.add_row(name, *cells, "\n".join(f"{tail:,.0f}" for tail in results["tails"][name].values()))
         table.add_section()
     return table
 
 
-def plus_minus(figure: dict[str, Any], form: str, between: str, unit: str = "") -> str:
-    """A mean and half the width of its interval, as text."""
+def with_interval(figure: dict[str, Any], form: str, unit: str = "") -> str:
+    """A mean and, below it, its interval, as text."""
     if figure["mean"] is None:
         return "-"
     low, high = figure["ci95"]
-    margin = "" if low is None else f"{between}{(high - low) / 2:{form.lstrip('+')}}"
-    return f"{figure['mean']:{form}}{margin}{unit}"
+    return f"{figure['mean']:{form}}{unit}" + ("" if low is None else f"\n{low:{form}} … {high:{form}}")
 
 
 # ------------------------------------------------------------------------------------- what the report says beside it
@@ -891,6 +895,10 @@ def main() -> None:
             write_json(args.output, results)
     except (ValueError, OSError) as error:  # also WorkloadError and PolicyError
         print(f"benchmark.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenProcessPool:
+        lost = "a worker was ended, for want of memory perhaps; give fewer --workers"
+        print(f"benchmark.py: {lost}; with --report, the same command goes on where it stopped", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("benchmark.py: interrupted; with --report, the same command goes on where it stopped", file=sys.stderr)

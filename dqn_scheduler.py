@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -297,7 +299,6 @@ class Replay:
         return self.obs.flatten(0, 1).index_select(0, rows * self.obs.shape[1] + clusters)
 
 
-@torch.no_grad()
 def preferring(values: Tensor, jobs: Tensor, nodes: Tensor, cluster: Tensor, margin: float) -> Tensor:
     """Values[B, K*M + 1] with the margin added to the reference's own choice. Among many choices the one that is most
     overrated looks best; the reference's is left only for one that is worth clearly more."""
@@ -305,6 +306,7 @@ def preferring(values: Tensor, jobs: Tensor, nodes: Tensor, cluster: Tensor, mar
     return values + margin * torch.cat([pairs.flatten(1), cluster[:, RULE_WAITS, None]], 1)
 
 
+@torch.no_grad()
 def collect(
     agent: Agent, envs: SchedulerVectorEnv, replay: Replay, epsilon: Tensor, args: Args
 ) -> list[dict[str, Any]]:
@@ -559,7 +561,15 @@ class Trainer:
         return found.wait_p99 <= factor * base.wait_p99 and found.wait_max <= 3 * factor * base.wait_max
 
     def start(self) -> None:
+        """
+        Raises:
+            ValueError: what is trained and what is exported are not the same network.
+        """
         self.envs.reset(seed=self.args.seed)
+        parts = self.layout.split(torch.from_numpy(self.envs.observations).to(self.device))
+        if not torch.allclose(self.agent(*parts), self.agent.logits(*parts), atol=1e-4):
+            raise ValueError("Agent.logits, which is exported, is not what Agent.forward computes; change both")
+        self.folder.mkdir(parents=True)
         export_onnx(FollowRule(), self.folder / "policy.onnx", self.layout, self.metadata(self.stands_for))
 
     def checkpoint(self) -> None:
@@ -575,6 +585,7 @@ class Trainer:
                 "best_cost": self.best_cost,
                 "stands_for": self.stands_for,
                 "replay": vars(self.replay),
+                "policy": (self.folder / "policy.onnx").read_bytes(),
                 "environments": self.envs.state_dict(),
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state_all(),
@@ -592,6 +603,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.updates, self.best_cost = state["iteration"], state["updates"], state["best_cost"]
             self.judged, self.stands_for = state["judged"], state["stands_for"]
+            with replacing(self.folder / "policy.onnx") as temporary:  # it may be newer, where the run was killed
+                temporary.write_bytes(state["policy"])
             vars(self.replay).update(state["replay"])
             self.envs.load_state_dict(state["environments"])
             torch.set_rng_state(state["random"].cpu())
@@ -672,10 +685,16 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
     """Run the iterations that are left. False: stopped by Ctrl-C."""
     args, agent, layout, replay = trainer.args, trainer.agent, trainer.layout, trainer.replay
     stop: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupt())
     evaluations = max(1, args.num_evaluations)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     started, first, saved = time.time(), trainer.iteration, 0.0
+
+    def interrupt() -> None:
+        if stop:
+            sys.exit(130)
+        stop.append(1)
+        console.print("Stopping, once a validation under way has ended. Ctrl-C again: without saving what is new.")
 
     def due() -> bool:
         """A validation: before the first iteration, after the last, and evenly in between."""
@@ -727,9 +746,9 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
                 )
             if trainer.proposed:
                 log_validation(trainer, writer)
+        trainer.checkpoint()
     finally:
         signal.signal(signal.SIGINT, previous)
-    trainer.checkpoint()
     return not stop
 
 
@@ -796,25 +815,44 @@ def check(args: Args) -> None:
     least = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "hidden": 1}
     least |= {"target_frequency": 1, "n_step": 1, "batch_size": 1}
     for name, value in least.items():
-        if getattr(args, name) < value:
+        if not getattr(args, name) >= value:  # nor is NaN
             raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
+    if args.queue_window > 10_000:
+        raise ValueError(f"queue_window is {args.queue_window}; use 10000 or less")
+    if args.num_iterations:
+        raise ValueError("num_iterations is computed; use total_timesteps, num_envs and num_steps")
+    if not args.huber_delta > 0:
+        raise ValueError(f"huber_delta is {args.huber_delta}; use more than 0")
     if not args.validation_loads or not args.training_loads:
         raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
+
+
+def command_line() -> Args:
+    """The flags; behind --resume those of the run, and no others.
+
+    Raises:
+        ValueError: a flag contradicts the run that is to go on, or there is none.
+    """
+    args = tyro.cli(Args)
+    if args.resume is None:
+        return args
+    path = Path(args.resume) / "args.json"
+    try:
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+        run = Args(**stored | {"resume": args.resume})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; name the folder of a run, as in runs/<run_name>") from error
+    if others := asdict(tyro.cli(Args, default=run)).items() - asdict(run).items():
+        names = ", ".join(sorted(name for name, _ in others))
+        raise ValueError(f"--resume goes on with the flags of the run; leave out {names}, or start a new run")
+    return run
 
 
 def main(args: Args) -> None:
     console = Console(stderr=True)
     resume = args.resume is not None
     if resume:
-        folder = Path(args.resume)
-        if args != Args(resume=args.resume):
-            raise ValueError("--resume goes on with the flags of the run; leave out the others, or start a new run")
-        try:
-            args = Args(**json.loads((folder / "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{folder / 'args.json'}: {error}; name the folder of a run, as in runs/<run_name>"
-            ) from error
+        folder, args = Path(args.resume), replace(args, resume=None)
     else:
         check(args)
         if not args.n_step < args.buffer_steps:
@@ -822,21 +860,24 @@ def main(args: Args) -> None:
         args.num_iterations = max(1, args.total_timesteps // (args.num_envs * args.num_steps))
         folder = Path("runs") / f"{workload_name(args.workload)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     trainer = Trainer(args, folder, console)
-    if resume:
-        trainer.restore()
-    else:
-        folder.mkdir(parents=True)
-        trainer.start()
-        write_json(folder / "args.json", asdict(args))
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
-            name=folder.name, id=folder.name, resume="allow", save_code=True,
-        )  # fmt: skip
+        try:
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
+                name=folder.name, id=folder.name, resume="allow", save_code=True,
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise ValueError(f"--track: {error}; run wandb login, or set WANDB_MODE=offline") from error
+    if resume:
+        trainer.restore()
+    else:
+        trainer.start()
+        write_json(folder / "args.json", asdict(args))
     reference = parse_rule(args.reference).title
-    console.print(f"run: {folder}   reference rule: {reference}   best rule on validation: {trainer.best_rule}")
+    say = partial(console.print, markup=False, soft_wrap=True)  # commands to copy
+    say(f"run: {folder}   reference rule: {reference}   best rule on validation: {trainer.best_rule}")
     writer = SummaryWriter(
         folder, purge_step=trainer.iteration * args.num_envs * args.num_steps + 1 if resume else None
     )
@@ -850,22 +891,26 @@ def main(args: Args) -> None:
     Console().print(trainer.table())
     if trainer.stands_for:
         title = parse_rule(trainer.stands_for).title
-        console.print(f"Nothing better than {title} on validation: policy.onnx stands for that rule.")
+        say(f"Nothing better than {title} on validation: policy.onnx stands for that rule.")
     if not finished:
-        console.print(f"Interrupted. Go on with: python {Path(__file__).name} --resume {folder}")
+        say(f"Interrupted. Go on with: python {Path(__file__).name} --resume {shlex.quote(str(folder))}")
     else:
-        console.print(
-            f"Compare on the test split: python benchmark.py compare --workload {args.workload} "
+        say(
+            f"Compare on the test split: python benchmark.py compare --workload {shlex.quote(args.workload)} "
             f"--objective {args.objective} "
-            f"--policies {' '.join(dict.fromkeys(('fifo', 'easy-fifo', trainer.best_rule)))} {folder}/policy.onnx"
+            f"--policies {' '.join(dict.fromkeys(('fifo', 'easy-fifo', trainer.best_rule)))} "
+            f"{shlex.quote(str(folder / 'policy.onnx'))}"
         )
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(command_line())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: out of memory ({error}); use fewer num_envs or num_steps", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # in training Ctrl-C saves the run and ends it
         sys.exit(130)

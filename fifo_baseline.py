@@ -140,6 +140,8 @@ def main() -> None:
     except (ValueError, OSError) as error:  # also WorkloadError
         print(f"fifo_baseline.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     # As wide as its figures: a narrow terminal may wrap a line, but nothing is cut.
     Console(width=1000).print(table_of(args, results))
 

@@ -12,6 +12,7 @@ B counts observations, K the jobs in the window, M nodes, R resources; the actio
 
 import zlib
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -348,6 +349,9 @@ def load_policy(name_or_path: str) -> Policy:
     """
     if name_or_path.startswith("tuned:"):  # longer than the name of any file
         return _rule_policy(name_or_path)
+    if "/" not in name_or_path:
+        with suppress(ValueError):  # a rule's name is the rule, whatever lies beside
+            return RulePolicy(name_or_path)
     plain, _, hours = name_or_path.rpartition("@")
     if not plain or "/" in hours or Path(name_or_path).exists():
         plain, hours = name_or_path, ""

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Look:
         self.labels = {
             n: s if list(short.values()).count(s) == 1 else n.replace("/policy.onnx", "") for n, s in short.items()
         }
-        free = iter(COLOURS * 2)
+        free = cycle(COLOURS)
         self.colours = {name: BASELINE_COLOURS.get(name) or next(free) for name in shown}
 
     def line(self, name: str) -> dict[str, Any]:
@@ -187,6 +188,8 @@ def verdict(results: dict[str, Any], look: Look) -> str:
         if low is not None:
             luck = "" if low * high > 0 else ", which may be luck"
             text += f" (95\u00a0% interval {percent(low)} … {percent(high)}{luck})"
+    if len(results["trained"]) > 1:
+        text += f"; it is the best of {len(results['trained'])} trained policies, picked on these very jobs"
     if winner == best:
         text += f"; it is the best of the {len(mean)} policies compared"
     return f"{text}."
@@ -644,7 +647,7 @@ CURVES = {"eval/improvement": "validation (%)", "charts/episodic_return": "train
 def learning_curves(curves: dict[str, Any], look: Look) -> Plot:
     tags = [tag for tag in CURVES if any(tag in found["scalars"] for found in curves.values())]
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * len(tags)))
-    free = iter(COLOURS * 9)
+    free = cycle(COLOURS)
     colours = {name: look.colours.get(name) or next(free) for name in curves}
     for axis, tag in zip(figure.subplots(len(tags), sharex=True, squeeze=False)[:, 0], tags, strict=True):
         for name, found in curves.items():
@@ -665,7 +668,7 @@ def learning_curves(curves: dict[str, Any], look: Look) -> Plot:
 def performance_profile(results: dict[str, Any], look: Look) -> Plot:
     figure = Figure()
     axis = figure.subplots()
-    colours = iter(COLOURS)
+    colours = cycle(COLOURS)
     for group, found in results["seeds"]["groups"].items():
         colour = BASELINE_COLOURS.get(group) or next(colours)
         axis.plot(results["seeds"]["levels"], found["profile"], color=colour, label=group.split("__")[-1])

@@ -773,7 +773,7 @@ def _openapi(app: FastAPI, token: bool) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------- the program
 LEAST = {
-    "port": 0, "workers": 1, "deadline_ms": 0.001, "record_bytes": 0, "record_files": 0,
+    "port": 0, "workers": 1, "deadline_ms": 0.001, "record_bytes": 0, "record_files": 1,
     "max_body_bytes": 1, "max_jobs": 1, "max_nodes": 1,
 }  # fmt: skip
 
@@ -788,6 +788,8 @@ def check(args: Args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
     if args.port > 65_535:
         raise ValueError(f"--port {args.port}: give at most 65535")
+    if args.record and args.record.suffix != ".jsonl":
+        raise ValueError(f"--record {args.record}: call it .jsonl, or --workload takes it for an SWF trace")
     if args.workers > 1 and args.record:
         raise ValueError(f"--workers {args.workers}: with --record give 1: it is one file")
 
@@ -869,7 +871,8 @@ def work_for(args: Args, policy: Policy, seen: tuple[int, ...], token: bytes | N
 
 
 def supervise(service: Service, token: bytes | None, listener: socket.socket) -> None:
-    """Keep so many workers alive, and pass signals on to them, until SIGTERM or Ctrl-C.
+    """Keep so many workers alive until SIGTERM or Ctrl-C. SIGHUP is for nobody here: they look for another policy every
+    second, and one that has just begun would end.
 
     The service of this process answers nobody. It keeps the newest policy that works for workers that start when the
     file has been damaged.
@@ -877,13 +880,8 @@ def supervise(service: Service, token: bytes | None, listener: socket.socket) ->
     args = service.args
     spawn, workers, stopping = multiprocessing.get_context("spawn"), [], []
 
-    def reload(*_: object) -> None:
-        for worker in [worker for worker in workers if worker.is_alive()]:
-            os.kill(worker.pid, signal.SIGHUP)
-
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopping.append(number))
-    signal.signal(signal.SIGHUP, reload)
     with TemporaryDirectory(prefix="resourcerl-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         while not stopping:
@@ -905,6 +903,7 @@ def supervise(service: Service, token: bytes | None, listener: socket.socket) ->
 
 def main(args: Args) -> None:
     log_to_stderr()
+    signal.signal(signal.SIGHUP, lambda *_: None)  # too early to reload anything, and no reason to end
     try:
         check(args)
         token = read_token(args)

@@ -70,7 +70,7 @@ class Args:
     max_wait: float = 259_200.0
     """seconds; jobs that have waited longer go to the front, oldest first"""
     max_nice: int = 1_000
-    """advise: the largest nice value, which the last of the pending jobs gets"""
+    """advise: the largest nice value; the first of the pending jobs has 0"""
     interval: float = 0.25
     """seconds between two looks at the queue"""
     metrics_port: int | None = None
@@ -360,6 +360,13 @@ def relabel(labels: Sequence[int], low: int, high: int) -> list[int]:
     return new
 
 
+def hints(labels: Sequence[int], low: int, high: int) -> list[int]:
+    """As `relabel`, but the first one is `high`, whatever came before it, and where there are more labels than levels
+    the last ones are all `low`: jobs that are not labelled would be at `high`, before the others."""
+    room = high - low
+    return [high][: len(labels)] + relabel(labels[1:room], low + 1, high - 1) + [low] * len(labels[room:])
+
+
 def evenly(count: int, low: int, high: int) -> list[int]:
     """Falling labels around the middle of low..high, STEP apart if that leaves half of it free."""
     if count > high - low + 1:
@@ -422,6 +429,33 @@ def hindsight(policy: Policy, finished: Sequence[SlurmJob], processors: int) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
+class Board:
+    """TensorBoard's events. Where they cannot be written, on a full disk, the agent goes on without them."""
+
+    def __init__(self, folder: str) -> None:
+        self.writer: Writer | None = None
+        try:
+            self.writer = Writer(folder)
+        except OSError as error:
+            self.give_up(error)
+
+    def draw(self, values: dict[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.write(Writer.add_scalar, tag, value, step)
+
+    def write(self, what: Callable[..., None], *arguments: Any) -> None:
+        """Writer's method `what`, if there is one yet."""
+        try:
+            if self.writer:
+                what(self.writer, *arguments)
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        self.writer = None
+        log.warning("TensorBoard's events: %s; the agent goes on without them", error)
+
+
 class Metrics:
     """For Prometheus (names as below, each with its help) and for TensorBoard (under runs/)."""
 
@@ -445,7 +479,7 @@ class Metrics:
         self.hindsight = named(
             gauge, "hindsight_wait_seconds", "Mean wait of the recorded jobs under an order", "order"
         )
-        self.board = Writer(f"runs/slurm__{mode}__{int(time.time())}")
+        self.board = Board(f"runs/slurm__{mode}__{int(time.time())}")
         self.started = 0
 
     def count(self, snapshot: Snapshot, left_alone: Counter[str]) -> None:
@@ -458,16 +492,16 @@ class Metrics:
     def note_start(self, job: SlurmJob, predicted: float | None) -> None:
         self.started += 1
         self.wait.observe(job.wait)
-        self.board.add_scalar("charts/wait", job.wait, self.started)
+        self.board.draw({"charts/wait": job.wait}, self.started)
         if predicted is not None:
             self.error.observe(job.start - predicted)
-            self.board.add_scalar("charts/start_error", job.start - predicted, self.started)
+            self.board.draw({"charts/start_error": job.start - predicted}, self.started)
 
     def note_hindsight(self, waits: dict[str, float]) -> None:
         for order, wait in waits.items():
             self.hindsight.labels(order).set(wait)
-            self.board.add_scalar(f"hindsight/{order}", wait, self.started)
-        self.board.flush()
+        self.board.draw({f"hindsight/{order}": wait for order, wait in waits.items()}, self.started)
+        self.board.write(Writer.flush)
 
 
 # ------------------------------------------------------------------------------------------------------------ agent
@@ -507,7 +541,7 @@ class Agent:
                 pause = failed = 0.0
         self.look_back(last=True)
         self.worker.shutdown()
-        self.metrics.board.close()
+        self.metrics.board.write(Writer.close)
 
     def one_pass(self) -> None:
         """Look; if something has changed, order the queue and send what differs.
@@ -596,9 +630,10 @@ class Agent:
             name, (low, high), sign = "nice", (-self.args.max_nice, 0), -1
         else:
             name, (low, high), sign = "priority", LIVE_LEVELS, 1
-        order = order[: high - low + 1]  # what comes after so many has time
+        if name == "priority":
+            order = order[: high - low + 1]  # what comes after so many has time, and is below them all
         current = [sign * getattr(job, name) for job in order]
-        wanted = relabel(current, low, high)
+        wanted = hints(current, low, high) if name == "nice" else relabel(current, low, high)
         changes = [(job.job_id, sign * new) for job, old, new in zip(order, current, wanted, strict=True) if new != old]
         front = " ".join(str(job.job_id) for job in order[:5])
         if self.args.mode == "shadow":

@@ -56,6 +56,10 @@ def measure(args: Speed) -> tuple[dict[str, Any], Table]:
     """All figures, and a table of them. Compiling and loading are not counted."""
     if args.repetitions < 1:
         raise ValueError(f"--repetitions {args.repetitions}: give at least 1")
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds {args.seconds}: give more than 0")
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda: PyTorch finds no GPU here; leave it out")
     workload = load_workload(args.workload, "all")
     workload.report()
     few = first_jobs(workload, FEW)

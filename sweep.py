@@ -20,10 +20,11 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import msgspec
 import optuna
 import yaml
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -74,14 +75,41 @@ class Run:
             self.values = values
 
 
+class Metric(TypedDict):
+    name: str
+    goal: NotRequired[Literal["minimize", "maximize"]]
+
+
+class Stop(TypedDict, total=False):
+    min_iter: Annotated[int, msgspec.Meta(ge=1)]
+    eta: Annotated[int, msgspec.Meta(ge=2)]
+
+
+class Parameter(TypedDict, total=False):
+    value: Any
+    values: Annotated[list[Any], msgspec.Meta(min_length=1)]
+    distribution: str
+    min: float
+    max: float
+
+
+class Description(TypedDict):
+    """What is read here of a sweep's file; the rest is W&B's."""
+
+    program: str
+    metric: Metric
+    parameters: dict[str, Parameter]
+    early_terminate: NotRequired[Stop]
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """Raises ValueError: the file is missing, no YAML, or asks for what only W&B can do."""
     try:
         description = yaml.safe_load(path.read_text())
-        description["metric"]["name"], description["parameters"].items(), description["program"]
+        msgspec.convert(description, Description)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give a sweep's file, such as sweeps/ppo.yaml") from None
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: no description of a sweep ({reason}); see sweeps/ppo.yaml") from None
     if "min_iter" not in description.get("early_terminate", {"min_iter": 1}):
@@ -98,6 +126,8 @@ def read_description(path: Path) -> dict[str, Any]:
                 f"{path}: {name}: distribution {kind_of(parameter)!r}; use value, values, or min and max with "
                 "uniform, int_uniform or log_uniform_values"
             )
+        if kind_of(parameter) not in ("value", "values") and not {"min", "max"} <= parameter.keys():
+            raise ValueError(f"{path}: {name}: give min and max, or value, or values")
     return description
 
 

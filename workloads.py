@@ -346,7 +346,7 @@ def _swf_header(comments: Iterable[str]) -> dict[str, str]:
 
 
 def _first_integer(text: str) -> int:
-    found = re.search(r"-?\d{1,15}", text)
+    found = re.search(r"-?\d{1,15}", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))  # 1,024 is one number
     return max(0, int(found[0])) if found else 0
 
 
@@ -632,13 +632,15 @@ def _follow(
     for job in state.get("finished", ()):
         if job.get("id") in jobs:
             jobs[job["id"]]["run_time"] = job["run_time"]
+    for key in started & queued.keys():  # nobody did what was decided (in shadow), so deciding it again tells nothing
+        jobs[key]["ignored"] = True
     for key in started - running.keys() - queued.keys():
         jobs[key].setdefault("run_time", (now - jobs[key]["start_time"]) * jobs[key]["speed"])
     for key, job in running.items():
         jobs[key]["speed"] = speed[job["node"]]
     for start in decision["start"]:
         jobs[queued[start["job"]]["id"]] |= {"start_time": now, "speed": speed[start["node"]]}
-    return running.keys() | {start["job"] for start in decision["start"]}
+    return running.keys() | {start["job"] for start in decision["start"] if "ignored" not in jobs[start["job"]]}
 
 
 def _recorded_jobs(

@@ -133,12 +133,16 @@ def test_shorter_replays(max_jobs: int, expected: list[list[int]]) -> None:
     assert benchmark.shorter(np.array([[0, 10], [10, 20], [20, 30]]), max_jobs).tolist() == expected
 
 
-def test_windows_lie_within_segments_and_come_from_the_seed() -> None:
-    segments = np.array([[0, 100], [100, 130], [130, 140]])
-    found = benchmark.windows(segments, 2000, 20, np.random.default_rng(5))
-    assert ((found[:, 1] - found[:, 0]) == 20).all()
-    assert set(found[:, 0]) == {*range(81), *range(100, 111)}
-    np.testing.assert_array_equal(found, benchmark.windows(segments, 2000, 20, np.random.default_rng(5)))
+def test_windows_lie_side_by_side_within_segments_and_come_from_the_seed() -> None:
+    segments = np.array([[0, 107], [107, 137], [137, 147]])
+    found = np.stack([benchmark.windows(segments, 2000, 20, np.random.default_rng(seed)) for seed in range(200)])
+    assert found.shape == (200, 6, 2) and ((found[..., 1] - found[..., 0]) == 20).all()
+    for some in np.sort(found, axis=1):
+        assert (some[1:, 0] >= some[:-1, 1]).all()
+    starts = {20 * k + spare for k in range(5) for spare in range(8)} | set(range(107, 118))
+    assert starts == set(found[..., 0].flat)  # the grid begins anywhere, and no window is across two segments
+    np.testing.assert_array_equal(found[5], benchmark.windows(segments, 6, 20, np.random.default_rng(5)))
+    assert benchmark.windows(segments, 4, 20, np.random.default_rng(5)).tolist() == found[5, :4].tolist()
 
 
 def test_load_compresses_arrivals_within_each_run() -> None:
@@ -225,6 +229,8 @@ def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[...
         ("compare --workload nowhere.swf", "nowhere.swf: no such file or preset"),
         ("compare --max-jobs 0", "--max-jobs 0: give at least 1"),
         ("compare --blocks -3", "--blocks -3: give at least 1"),
+        ("compare --workers 0", "--workers 0: give at least 1"),
+        ("compare --seed -1", "--seed -1: give at least 0"),
         ("compare --load 0", "load factor 0.0"),
         ("compare --protocol windows --episode-jobs 5000", "--episode-jobs 5000: the split has only 900 jobs"),
         ("compare --output nowhere/r.json", "--output nowhere/r.json: there is no folder nowhere"),
@@ -234,6 +240,7 @@ def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[...
         ("rlscheduler --traces . --reference odd.json", "lublin.swf: No such file"),
         ("rlscheduler --traces . --reference half.json", "half.json: not the published figures"),
         ("speed --repetitions 0", "--repetitions 0: give at least 1"),
+        ("speed --seconds 0", "--seconds 0.0: give more than 0"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

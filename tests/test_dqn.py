@@ -17,18 +17,22 @@ from test_ppo import ROOT, run_folder, scalars
 from dqn_scheduler import (
     NEVER,
     Agent,
+    RULE_CHOICE,
+    RULE_NODE,
     Args,
     Replay,
     collect,
     epsilons,
     explore,
+    move_target,
     n_step_returns,
+    preferring,
     targets,
     update,
     updates_due,
 )
 from policies import load_policy
-from scheduler_env import Observation, SchedulerVectorEnv, simulate
+from scheduler_env import Layout, Observation, SchedulerVectorEnv, simulate
 from workloads import load_workload
 
 SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
@@ -167,6 +171,23 @@ def test_an_update_is_a_gradient_step_on_the_huber_loss(gamma: float, size: int)
     assert td_loss == pytest.approx(loss.item(), rel=1e-5) and q_values == pytest.approx(values.mean().item(), rel=1e-5)
 
 
+def test_the_references_choice_is_left_for_what_is_worth_more_than_the_margin() -> None:
+    layout = Layout(2, 1, 1)
+    jobs, nodes, cluster, _ = layout.split(torch.zeros(1, layout.size))
+    jobs[0, 1, RULE_CHOICE] = nodes[0, 0, RULE_NODE] = 1
+    values = torch.tensor([[0.04, 0.0, -1.0]])
+    assert preferring(values, jobs, nodes, cluster, 0.05).argmax() == 1
+    assert preferring(values, jobs, nodes, cluster, 0.03).argmax() == 0
+
+
+def test_the_target_network_moves_by_tau() -> None:
+    agent, target = Agent(1), Agent(1)
+    before = [p.clone() for p in target.parameters()]
+    move_target(agent, target, 0.25)
+    for ours, old, new in zip(agent.parameters(), before, target.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * ours)
+
+
 @pytest.mark.parametrize(("num_envs", "ratio"), [(1, 0.25), (7, 0.1), (128, 1 / 1024), (64, 0.5)])
 def test_the_ratio_of_updates_to_decisions_does_not_depend_on_the_number_of_clusters(num_envs, ratio) -> None:
     args = Args(num_envs=num_envs, updates_per_decision=ratio)
@@ -240,6 +261,18 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, flags: tuple[str, str], me
     result = script(tmp_path, *SMALL, *flags)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_run_updates_from_learning_starts_on_and_moves_its_target(tmp_path: Path) -> None:
+    for starts, updates in (("1000", 0), ("8", 1)):
+        folder = tmp_path / starts
+        folder.mkdir()
+        assert script(folder, *SMALL, "--learning-starts", starts, "--tau", "1.0").returncode == 0
+        state = torch.load(run_folder(folder) / "checkpoint.pt", weights_only=False)
+        assert (state["updates"] > 0) == updates
+        assert all(torch.equal(state["target"][name], state["model"][name]) for name in state["model"])
+        moved = [not torch.equal(state["average"][f"module.{name}"], state["model"][name]) for name in state["model"]]
+        assert any(moved) == updates
 
 
 def test_a_loss_is_logged_where_there_was_an_update(tmp_path: Path) -> None:

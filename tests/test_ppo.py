@@ -115,11 +115,14 @@ def test_the_mask_is_never_violated() -> None:
         assert (mask.sum(2) >= 1).all()
 
 
-def test_a_truncated_episode_is_bootstrapped_from_its_last_observation() -> None:
-    """The decisions of a rollout, taken once more: what `gae` gets is the reward and, at the end, gamma * V besides."""
+@pytest.mark.parametrize("reward", ["improvement", "cost"])
+def test_a_truncated_episode_is_bootstrapped_from_its_last_observation(reward: str) -> None:
+    """The decisions of a rollout, taken once more: what `gae` gets is the reward and, at the end, gamma * V besides. In
+    a cost what is to come is contained."""
     torch.manual_seed(0)
-    args = Args(gamma=0.5, reward_scale=10.0)
-    ours, theirs = (SchedulerVectorEnv(2, "hpc", num_jobs=8, warmup_jobs=4, followup_jobs=4) for _ in range(2))
+    args = Args(gamma=0.5, reward_scale=10.0, reward=reward)
+    episode = dict(num_jobs=8, warmup_jobs=4, followup_jobs=4, reward=reward)
+    ours, theirs = (SchedulerVectorEnv(2, "hpc", **episode) for _ in range(2))
     ours.reset(seed=0), theirs.reset(seed=0)
     agent, batch = Agent(1), ppo_scheduler.Batch.empty(40, 2, ours.layout.size, torch.device("cpu"))
     rollout(agent, ours, batch, args)
@@ -129,7 +132,7 @@ def test_a_truncated_episode_is_bootstrapped_from_its_last_observation() -> None
         expected = torch.from_numpy(10.0 * rewards).float()
         for e in np.flatnonzero(truncated):
             last = torch.from_numpy(infos["final_obs"][e])[None]
-            expected[e] += 0.5 * agent(*theirs.split(last))[1].item()
+            expected[e] += (reward == "improvement") * 0.5 * agent(*theirs.split(last))[1].item()
             ends += 1
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert ends >= 2
@@ -148,6 +151,7 @@ def test_an_update_is_a_gradient_step_on_ppos_loss(steps: int, clusters: int) ->
     ours.rule_bonus.data += 0.3  # the policy is not the one of the rollout any more: some ratios are clipped
     theirs = deepcopy(ours)
     advantages = torch.randn(steps, clusters)
+    advantages[0, 0] = 1000.0
     logged = ppo_scheduler.update(
         ours, torch.optim.SGD(ours.parameters(), lr=1.0), batch, advantages, envs.layout, args
     )
@@ -155,6 +159,8 @@ def test_an_update_is_a_gradient_step_on_ppos_loss(steps: int, clusters: int) ->
     policy = torch.distributions.Categorical(logits=logits)
     ratio = (policy.log_prob(batch.actions.flatten()) - batch.log_probs.flatten()).exp()
     normal = ((advantages - advantages.mean()) / advantages.std()).flatten()
+    assert normal[0] > 5
+    normal = normal.clamp(-5, 5)
     gains = torch.stack([ratio * normal, ratio.clamp(0.8, 1.2) * normal]).min(0).values.mean()
     value_loss = torch.nn.functional.smooth_l1_loss(values, (advantages + batch.values).flatten())
     (-gains + 0.5 * value_loss - 3e-3 * policy.entropy().mean()).backward()
@@ -163,6 +169,24 @@ def test_an_update_is_a_gradient_step_on_ppos_loss(steps: int, clusters: int) ->
         torch.testing.assert_close(one, other - other.grad, rtol=1e-4, atol=1e-6)
     assert logged["clipfrac"] > 0.01 and logged["policy_loss"] == pytest.approx(-gains.item(), abs=1e-5)
     assert logged["value_loss"] == pytest.approx(value_loss.item(), rel=1e-4)
+
+
+def test_an_update_goes_so_often_over_all_minibatches_and_logs_the_means() -> None:
+    torch.manual_seed(0)
+    envs = SchedulerVectorEnv(8, "hpc", num_jobs=64, warmup_jobs=64, followup_jobs=16)
+    envs.reset(seed=0)
+    agent, batch = Agent(1), ppo_scheduler.Batch.empty(16, 8, envs.layout.size, torch.device("cpu"))
+    rollout(agent, envs, batch, Args())
+    advantages, logged = torch.randn(16, 8), []
+    for epochs, minibatches in ((1, 1), (3, 4)):
+        args = Args(
+            batch_size=128, minibatch_size=128 // minibatches, update_epochs=epochs, num_minibatches=minibatches
+        )
+        standing_still, steps = torch.optim.SGD(agent.parameters(), lr=0.0), []
+        standing_still.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        logged.append(ppo_scheduler.update(agent, standing_still, batch, advantages, envs.layout, args))
+        assert len(steps) == epochs * minibatches
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-6)
 
 
 def test_agent_does_not_depend_on_empty_places_or_the_order_of_jobs() -> None:
@@ -200,7 +224,9 @@ def test_run_writes_what_it_says(finished: Path) -> None:
     for tag in ("charts/SPS", "charts/episodic_return", "charts/wait", "losses/explained_variance", "losses/approx_kl"):
         assert scalars(finished, tag), tag
     assert set(scalars(finished, "eval/cost")) == {0, 1024, 2048}
-    assert set(scalars(finished, "losses/policy_loss")) == set(range(256, 2049, 256))
+    rates = scalars(finished, "charts/learning_rate")
+    assert rates == {256 * (k + 1): pytest.approx(1e-3 * (1 - k / 8)) for k in range(8)}
+    assert set(scalars(finished, "losses/policy_loss")) == set(rates)
 
 
 def test_exported_policy_equals_the_agent(finished: Path) -> None:
@@ -243,12 +269,83 @@ def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path)
     state = torch.load(run / "checkpoint.pt", weights_only=False)
     assert state["iteration"] < 8, "the run ended before it was interrupted"
     assert "--resume" in errors
-    result = script(tmp_path, "--resume", str(run))
+    result = script(tmp_path, "--resume", str(run), "--objective", "wait")  # which is the run's own
     assert result.returncode == 0, result.stderr
     for tag in ("losses/policy_loss", "losses/value_loss", "losses/entropy", "charts/episodic_return", "eval/cost"):
         assert scalars(run, tag) == scalars(finished, tag), tag
     resumed, whole = (torch.load(r / "checkpoint.pt", weights_only=False)["average"] for r in (run, finished))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def trainer_of(algorithm: ModuleType, folder: Path, *flags: str) -> Any:
+    args = tyro.cli(algorithm.Args, args=["--workload", SMALL[1], "--reference", "fifo", "--num-jobs", "30", *flags])
+    return algorithm.Trainer(args, folder, Console())
+
+
+BOTH = pytest.mark.parametrize("algorithm", [ppo_scheduler, dqn_scheduler])
+
+
+@BOTH
+def test_a_gain_bought_with_starvation_does_not_count(tmp_path: Path, algorithm: ModuleType) -> None:
+    trainer = trainer_of(algorithm, tmp_path)
+    base = trainer.rules["easy-fifo"]
+    for p99, longest, fine in ((1.19, 3.59, True), (1.21, 1.0, False), (1.0, 3.61, False)):
+        found = base._replace(cost=0.0, wait_p99=p99 * base.wait_p99, wait_max=longest * base.wait_max)
+        assert trainer.acceptable(found) == fine
+
+
+@BOTH
+def test_a_robust_rule_is_good_in_mean_and_in_square_on_training_too(tmp_path: Path, algorithm: ModuleType) -> None:
+    trainer = trainer_of(algorithm, tmp_path)
+
+    def judgement(cost: float, rms: float) -> object:
+        return algorithm.Judgement(cost, 0.0, 0.0, rms)
+
+    trainer.rules = {"mean": judgement(10, 100), "validation": judgement(20, 20), "both": judgement(21, 20)}
+    training = {"mean": judgement(10, 10), "validation": judgement(20, 30), "both": judgement(20, 10)}
+    trainer.judge_rule = lambda name, *_: training[name]
+    assert trainer.robust_rule(load_workload(SMALL[1]), list(training)) == "both"
+
+
+@BOTH
+def test_what_is_validated_is_the_moving_average(tmp_path: Path, algorithm: ModuleType) -> None:
+    trainer = trainer_of(algorithm, tmp_path / "run")
+    trainer.start()
+    with torch.no_grad():
+        for ours, theirs in zip(trainer.agent.parameters(), trainer.average.module.parameters(), strict=True):
+            ours += torch.randn_like(ours)
+            theirs -= 0.1 * torch.randn_like(theirs)
+    trainer.propose()
+    trainer.proposed[1].result()
+    parts = trainer.layout.split(torch.from_numpy(trainer.envs.observations))
+    session = onnxruntime.InferenceSession(tmp_path / "run" / "candidate.onnx")
+    (found,) = session.run(None, {name: value.numpy() for name, value in parts._asdict().items()})
+    expected = trainer.average.module.logits(*parts)
+    if algorithm is dqn_scheduler:
+        expected = dqn_scheduler.preferring(expected, *parts[:3], trainer.args.margin)
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_a_checkpoint_takes_its_policy_with_it(tmp_path: Path, algorithm: ModuleType) -> None:
+    trainer = trainer_of(algorithm, tmp_path / "run")
+    trainer.start()
+    policy = (tmp_path / "run" / "policy.onnx").read_bytes()
+    trainer.checkpoint()
+    (tmp_path / "run" / "policy.onnx").write_bytes(b"a later one, after which the run was killed")
+    trainer.restore()
+    assert (tmp_path / "run" / "policy.onnx").read_bytes() == policy
+
+
+@BOTH
+def test_a_network_that_is_changed_in_one_of_its_two_forms_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: ModuleType
+) -> None:
+    usual = algorithm.Agent.logits
+    monkeypatch.setattr(algorithm.Agent, "logits", lambda self, *parts: 1.1 * usual(self, *parts))
+    with pytest.raises(ValueError, match="change both"):
+        trainer_of(algorithm, tmp_path / "run").start()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_was_killed_before_a_validation_does_not_lose_it(tmp_path: Path) -> None:
@@ -273,13 +370,14 @@ def test_a_run_that_was_killed_before_a_validation_does_not_lose_it(tmp_path: Pa
     assert [event.step for event in events.Scalars("eval/cost")] == list(range(0, 2049, 256))
 
 
-@pytest.mark.parametrize("algorithm", [ppo_scheduler, dqn_scheduler])
+@BOTH
 def test_the_flags_of_an_episode_reach_the_clusters(tmp_path: Path, algorithm: ModuleType) -> None:
     episode = dict(num_envs=3, num_jobs=30, warmup_jobs=20, episodes_in_a_row=5)
     flags = [str(part) for name, value in episode.items() for part in (f"--{name.replace('_', '-')}", value)]
-    flags += ["--workload", SMALL[1], "--reference", "fifo", "--followup-jobs", "10", "--queue-window", "9"]
-    args = tyro.cli(algorithm.Args, args=flags)
-    envs = algorithm.Trainer(args, tmp_path, Console()).envs
+    flags += ["--followup-jobs", "10", "--queue-window", "9", "--training-loads", "1.0", "2.0"]
+    envs = trainer_of(algorithm, tmp_path, *flags).envs
+    usual, busy = (np.ptp(envs.workload.jobs.submit_time[slice(*segment)]) for segment in envs.workload.segments)
+    assert busy == pytest.approx(usual / 2)
     assert {name: getattr(envs, name) for name in episode} == episode
     assert envs.length == 60 and envs.layout.window == 9
 
@@ -361,7 +459,11 @@ def test_bad_input_ends_with_one_line(finished: Path, tmp_path: Path) -> None:
     for flags, words in (
         (("--resume", str(damaged)), ("checkpoint.pt", "start a new run")),
         (("--resume", "nowhere"), ("args.json", "folder of a run")),
-        (("--resume", str(finished), "--total-timesteps", "4096"), ("--resume", "leave out the others")),
+        (("--resume", str(finished), "--total-timesteps", "4096"), ("--resume", "leave out total_timesteps")),
+        (("--resume", str(finished), "--total-timesteps", "1500000"), ("--resume", "leave out total_timesteps")),
+        ((*SMALL, "--batch-size", "64"), ("batch_size is computed",)),
+        ((*SMALL, "--max-tail", "nan"), ("max_tail is nan",)),
+        ((*SMALL, "--queue-window", "20000"), ("queue_window is 20000",)),
         (("--workload", "nowhere.swf"), ("nowhere.swf", "presets")),
         ((*SMALL, "--queue-window", "0"), ("queue_window", "at least 1")),
         ((*SMALL, "--reference", "alphabetical"), ("alphabetical", "easy-")),

@@ -421,6 +421,27 @@ def test_the_same_file_with_another_patience_is_replayed_anew(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_file_that_is_replaced_meanwhile_is_compared_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that goes on writes a better policy.onnx whenever it finds one."""
+    for rule in ("fifo", "sjf"):
+        write_policy(tmp_path / rule / "policy.onnx", rule=rule, resources=1)
+    (tmp_path / "run").mkdir()
+    usual = policies.RulePolicy.schedule
+
+    def schedule(self: policies.Policy, *rest: object) -> list[Schedule]:
+        shutil.copy("sjf/policy.onnx", "run/policy.onnx")
+        return usual(self, *rest)
+
+    monkeypatch.setattr(policies.RulePolicy, "schedule", schedule)
+    shutil.copy("fifo/policy.onnx", "run/policy.onnx")
+    call(*SHORT, "--policies", "fifo", "run", "--report", "out")
+    fifo, run, *_ = (figures["wait"]["mean"] for figures in results_of(Path("out"))["policies"].values())
+    assert fifo == run and Path("run/policy.onnx").read_bytes() == Path("sjf/policy.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -631,8 +631,9 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path) -> None:
             (("--policy", "fifo", "--host", "example.org"), ("example.org", "--token-file")),
             (("--policy", "fifo", "--token-file", tmp_path / "empty"), ("empty", "no token")),
             (("--policy", "fifo", "--token-file", tmp_path / "nowhere"), ("nowhere",)),
-            (("--policy", "fifo", "--workers", 2, "--record", tmp_path / "record"), ("--workers 2", "--record")),
-            (("--policy", "fifo", "--record", tmp_path / "no" / "record"), ("record",)),
+            (("--policy", "fifo", "--workers", 2, "--record", tmp_path / "a.jsonl"), ("--workers 2", "--record")),
+            (("--policy", "fifo", "--record", tmp_path / "no" / "a.jsonl"), ("a.jsonl",)),
+            (("--policy", "fifo", "--record", tmp_path / "a.json"), ("a.json", ".jsonl")),
             (("--policy", "fifo", "--port", taken.getsockname()[1]), ("in use",)),
         ):
             process = start(*flags)
@@ -644,7 +645,7 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "flag", ["port=99999", "port=-1", "workers=0", "deadline_ms=nan", "deadline_ms=-5", "deadline_ms=0", "max_jobs=-1",
-             "max_nodes=0", "max_body_bytes=0", "record_bytes=-1", "record_files=-1"],
+             "max_nodes=0", "max_body_bytes=0", "record_bytes=-1", "record_files=0"],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, _, value = flag.partition("=")

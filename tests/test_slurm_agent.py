@@ -309,6 +309,60 @@ def test_advise_sets_nice_values_only(slurm: FakeSlurm) -> None:
     assert {name for _, update in slurm.updates for name in update} == {"nice"}
 
 
+def test_advice_keeps_the_order_of_more_jobs_than_there_are_nice_values(slurm: FakeSlurm) -> None:
+    for k in range(1, 17):
+        slurm.add(k, cpus=k)
+    agent_for(slurm, mode="advise", max_nice=10).one_pass()
+    assert [job["nice"] or 0 for job in slurm.jobs.values()] == [*range(10), *[10] * 6]
+
+
+def test_the_first_job_is_always_advised_0(slurm: FakeSlurm) -> None:
+    """Or what the site's other jobs are to it would depend on who was there before."""
+    for k in range(1, 4):
+        slurm.add(k, cpus=k)
+    agent = agent_for(slurm, mode="advise")
+    agent.one_pass()
+    before = {job_id: job["nice"] or 0 for job_id, job in slurm.jobs.items()}
+    assert before[1] == 0 < before[2] < before[3]
+    slurm.start(1)
+    agent.one_pass()
+    assert slurm.jobs[2]["nice"] == 0 and slurm.jobs[3]["nice"] == before[3]
+
+
+class FullDisk:
+    """TensorBoard's Writer where it cannot write: at once, or the first chart."""
+
+    def __init__(self, at_once: bool) -> None:
+        self.at_once = at_once
+
+    def __call__(self, folder: str) -> "FullDisk":
+        if self.at_once:
+            self.add_scalar()
+        return self
+
+    def add_scalar(self, *_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    flush = close = add_scalar
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_full_disk_ends_the_charts_and_not_the_agent(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_once: bool
+) -> None:
+    disk = FullDisk(at_once)
+    monkeypatch.setattr(sa, "Writer", disk)
+    slurm.add(1, 2)
+    agent = agent_for(slurm)
+    agent.one_pass()
+    slurm.start(1)
+    slurm.add(3)
+    agent.one_pass()
+    agent.metrics.note_hindsight({"fifo": 1.0})
+    assert {job_id for job_id, _ in slurm.updates} == {1, 2, 3} and agent.metrics.started == 1
+    assert caplog.text.count("goes on without them") == 1
+
+
 def test_a_job_that_is_refused_stops_nothing(slurm: FakeSlurm, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     slurm.add(1, 2, 3)
@@ -613,7 +667,7 @@ def test_metrics(slurm: FakeSlurm) -> None:
     text = sa.prometheus_client.generate_latest(agent.metrics.registry).decode()
     assert 'resourcerl_slurm_hindsight_wait_seconds{order="fifo"}' in text
     assert 'resourcerl_slurm_hindsight_wait_seconds{order="recorded"} 40.0' in text
-    agent.metrics.board.close()
+    agent.metrics.board.write(sa.Writer.close)
     assert list(Path("runs").glob("slurm__live__*/events*"))
 
 

@@ -80,6 +80,8 @@ def test_missing_requests_fall_back_to_what_the_job_used(tmp_path):
     [
         ("; MaxProcs: 338 (batch partition)", 338),
         (";MaxProcs:1024", 1024),
+        ("; MaxProcs: 1,024 (see note 3)", 1024),
+        ("; MaxProcs: 64,32", 64),
         (";  maxprocs : 128 ", 128),
         ("; MaxProcs 64", 64),
         ("; MaxNodes: 240", 240),
@@ -252,6 +254,14 @@ def test_a_record_of_two_jobs_by_hand(tmp_path):
     assert workload.skipped == {"record cut short": 2}
     assert workload.jobs.submit_time.tolist() == [1, 4] and workload.jobs.run_time.tolist() == [4, 41]
     assert workload.jobs.wait_time.tolist() == [4, 0] and workload.cluster.capacity.tolist() == [[4]]
+
+
+def test_what_is_decided_and_not_done_is_no_start(tmp_path):
+    """In shadow: job 1 is told to start at 5, 6 and 7, stays queued, and is cancelled; 2 runs untold."""
+    still = [with_value(WAITS, now, "state", "now") for now in (6, 7)]
+    workload = load_workload(record(tmp_path, WAITS, *still, RUNS, ENDS), "all")
+    assert workload.skipped == {"not run to the end": 1}
+    assert workload.jobs.submit_time.tolist() == [4] and workload.jobs.run_time.tolist() == [41]
 
 
 ODD_RECORDS = {
