@@ -1,5 +1,6 @@
-"""Hypothesis: the same examples in every run, and as many as two slow cores can take."""
+"""Hypothesis: the same examples in every run, and as many as two slow cores can take. Patience with W&B."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's files, also where plain `pytest` is called
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so do theirs
+
+os.environ["WANDB__SERVICE_WAIT"] = "300"  # seconds; on busy cores W&B's own process takes longer to start than it waits
 
 settings.register_profile(
     "deterministic",
