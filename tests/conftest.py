@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's files, also where plain `pytest` is called
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so do theirs
 
-os.environ["WANDB__SERVICE_WAIT"] = "300"  # seconds; on busy cores W&B's own process takes longer to start than it waits
+os.environ["WANDB__SERVICE_WAIT"] = "300"  # seconds: on busy cores its own process starts slowly
 
 settings.register_profile(
     "deterministic",

@@ -16,9 +16,9 @@ from test_ppo import ROOT, run_folder, scalars
 
 from dqn_scheduler import (
     NEVER,
-    Agent,
     RULE_CHOICE,
     RULE_NODE,
+    Agent,
     Args,
     Replay,
     collect,
