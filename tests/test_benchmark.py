@@ -5,6 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +269,16 @@ def test_bad_input_is_one_line_and_writes_nothing(
     [line] = printed.err.splitlines()
     assert stopped.value.code == 2 and printed.out == ""
     assert line.startswith(f"benchmark.py: {message}") and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lost_worker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = ProcessPoolExecutor(1, get_context("spawn"))
+    monkeypatch.setattr(benchmark, "compare", lambda _: pool.submit(os._exit, 9).result())
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "compare"])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    [line] = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "fewer --workers" in line
 
 
 def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,7 +268,7 @@ def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path)
     run = run_folder(tmp_path)
     state = torch.load(run / "checkpoint.pt", weights_only=False)
     assert state["iteration"] < 8, "the run ended before it was interrupted"
-    assert "--resume" in errors
+    assert "--resume" in errors and "Stopping" in errors
     result = script(tmp_path, "--resume", str(run), "--objective", "wait")  # which is the run's own
     assert result.returncode == 0, result.stderr
     for tag in ("losses/policy_loss", "losses/value_loss", "losses/entropy", "charts/episodic_return", "eval/cost"):
@@ -530,6 +530,14 @@ def records(path: Path) -> list[Any]:
             found.append(wandb_internal_pb2.Record.FromString(part))
             part = b""
     return found
+
+
+def test_tracking_with_no_way_to_log_in_is_one_line_and_writes_no_run(tmp_path: Path) -> None:
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_A")}
+    result = script(tmp_path, *SMALL, "--track", env=alone | {"HOME": str(tmp_path), "WANDB_MODE": "online"})
+    assert result.returncode == 2 and not list(tmp_path.glob("runs/*/*"))
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: --track: ") and last.endswith("run wandb login, or set WANDB_MODE=offline")
 
 
 def test_tracking_works_without_an_account(tmp_path: Path) -> None:
