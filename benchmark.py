@@ -402,8 +402,7 @@ def replay_all(
             pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore)
             stack.callback(pool.shutdown, cancel_futures=True)
             run = pool.map
-        who, jobs_of_task = [policies[name] for _, name in tasks], [workloads[scenario] for scenario, _ in tasks]
-        found = run(replay, who, jobs_of_task, files)
+        found = run(replay, [policies[name] for _, name in tasks], [workloads[where] for where, _ in tasks], files)
         for (scenario, name), result in replaying(zip(tasks, found, strict=True), len(tasks)):
             yield scenario, name, result
 

@@ -657,16 +657,17 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
     args, agent, layout = trainer.args, trainer.agent, trainer.layout
     batch = Batch.empty(args.num_steps, args.num_envs, layout.size, trainer.device)
     stop: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupt())
-    evaluations = max(1, args.num_evaluations)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    started, first, saved = time.time(), trainer.iteration, 0.0
 
-    def interrupt() -> None:
+    def interrupt(*_: object) -> None:
         if stop:
             sys.exit(130)
         stop.append(1)
         console.print("Stopping, once a validation under way has ended. Ctrl-C again: without saving what is new.")
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    evaluations = max(1, args.num_evaluations)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    started, first, saved = time.time(), trainer.iteration, 0.0
 
     def due() -> bool:
         """A validation: before the first iteration, after the last, and evenly in between."""

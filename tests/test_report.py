@@ -336,6 +336,7 @@ def test_the_figures_of_the_report_are_those_of_the_results(written: Path) -> No
             mean, (low, high) = figures["latency"]["mean"], figures["latency"]["ci95"]
             assert f"{mean:,.0f}" in content and f"{low:,.0f} … {high:,.0f}" in content, name
             assert f"{100 * results['bound']['closed'][name]:.1f}\u00a0%" in content
+        assert f"it is the best of {len(RUNS)} trained policies, picked on these very jobs" in content
         made = results["made"]
         for found in (made["command"], made["commit"], made["trace_sha256"], *made["versions"].values()):
             assert found in content
