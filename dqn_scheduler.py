@@ -220,11 +220,11 @@ class Agent(nn.Module):
         context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
         job = torch.relu(self.job_out(job) + context.index_select(0, owner))
         node = torch.relu(self.node_out(node) + context[:, None])
-        query = self.query(job)
-        scores = (node.index_select(0, owner) * query[:, None, :-1]).sum(-1) / node.shape[-1] ** 0.5
+        query, fits = self.query(job).split([node.shape[-1], 1], 1)
+        scores = (node.index_select(0, owner) * query[:, None]).sum(-1) / node.shape[-1] ** 0.5
         nodes = nodes.index_select(0, owner)
         demand, free = rows[:, None, JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
-        scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
+        scores = scores + fits * (demand <= free + 1e-6).all(-1)
         scores = scores + self.rule_bonus * rows[:, RULE_CHOICE, None] * nodes[..., RULE_NODE]
         pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + node.shape[1:2])
         pairs = pairs.masked_scatter(present[..., None], scores)
@@ -294,9 +294,10 @@ class Replay:
         cluster = torch.randint(self.obs.shape[1], (size,), device=self.obs.device)
         return (first[:, None] + torch.arange(n_step + 1, device=first.device)) % steps, cluster
 
-    def observations(self, rows: Tensor, clusters: Tensor) -> Tensor:
-        """[B, D]: of rows[B] in clusters[B]."""
-        return self.obs.flatten(0, 1).index_select(0, rows * self.obs.shape[1] + clusters)
+    def observations(self, layout: Layout, rows: Tensor, clusters: Tensor) -> Observation:
+        """Those of rows[B] in clusters[B]."""
+        places = rows * self.obs.shape[1] + clusters
+        return Observation(*(part.index_select(0, places) for part in layout.split(self.obs.flatten(0, 1))))
 
 
 def preferring(values: Tensor, jobs: Tensor, nodes: Tensor, cluster: Tensor, margin: float) -> Tensor:
@@ -359,9 +360,9 @@ def update(
             past = rows[:, :-1], cluster[:, None]
             returns, discount = n_step_returns(replay.rewards[past], replay.dones[past], args.gamma)
             if args.gamma > 0:
-                following = layout.split(replay.observations(rows[:, -1], cluster))
+                following = replay.observations(layout, rows[:, -1], cluster)
                 returns = targets(agent, target, following, returns, discount)
-        values = agent(*layout.split(replay.observations(rows[:, 0], cluster)))
+        values = agent(*replay.observations(layout, rows[:, 0], cluster))
         values = values.gather(1, replay.actions[rows[:, 0], cluster][:, None])[:, 0]
         loss = nn.functional.huber_loss(values, returns, delta=args.huber_delta) / args.huber_delta
         return torch.autograd.grad(loss, parameters), torch.stack([loss, values.mean()]).detach()

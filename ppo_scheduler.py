@@ -217,11 +217,11 @@ class Agent(nn.Module):
         context = torch.relu(self.context(torch.cat([pooled, node.mean(1), cluster], 1)))
         job = torch.relu(self.job_out(job) + context.index_select(0, owner))
         node = torch.relu(self.node_out(node) + context[:, None])
-        query = self.query(job)
-        scores = (node.index_select(0, owner) * query[:, None, :-1]).sum(-1) / node.shape[-1] ** 0.5
+        query, fits = self.query(job).split([node.shape[-1], 1], 1)
+        scores = (node.index_select(0, owner) * query[:, None]).sum(-1) / node.shape[-1] ** 0.5
         nodes = nodes.index_select(0, owner)
         demand, free = rows[:, None, JOB_WIDTH:], nodes[..., NODE_WIDTH : NODE_WIDTH + self.resources]
-        scores = scores + query[:, -1:] * (demand <= free + 1e-6).all(-1)
+        scores = scores + fits * (demand <= free + 1e-6).all(-1)
         bonus = self.rule_bonus + mask.sum(1, keepdim=True).clamp(min=1).log()  # nearly as strong among many
         scores = scores + bonus.index_select(0, owner) * rows[:, RULE_CHOICE, None] * nodes[..., RULE_NODE]
         pairs = torch.full_like(mask[:, :-1], NEVER).unflatten(1, present.shape[1:] + node.shape[1:2])
@@ -267,7 +267,7 @@ def sample(logits: Tensor) -> Tensor:
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Of logits[B, A] and actions[B]: log-probabilities[B] and entropies[B]."""
     log_probs = logits.log_softmax(1)
-    entropy = -(log_probs.exp() * log_probs).sum(1)
+    entropy = -(log_probs.clamp(min=-80).exp() * log_probs).sum(1)  # of illegal actions, exp() is ten times as slow
     return log_probs.gather(1, actions[:, None])[:, 0], entropy
 
 
@@ -299,7 +299,7 @@ def rollout(agent: Agent, envs: SchedulerVectorEnv, batch: Batch, args: Args) ->
         batch.obs[t] = torch.from_numpy(envs.observations).to(device)
         logits, batch.values[t] = agent(*envs.split(batch.obs[t]))
         batch.actions[t] = sample(logits)
-        batch.log_probs[t] = log_prob_and_entropy(logits, batch.actions[t])[0]
+        batch.log_probs[t] = logits.log_softmax(1).gather(1, batch.actions[t, :, None])[:, 0]
         _, rewards, terminated, truncated, infos = envs.step(batch.actions[t].cpu().numpy())
         rewards *= args.reward_scale
         if "final_info" in infos:
@@ -339,8 +339,8 @@ def update(
     Halves of a minibatch go side by side on two threads. (PyTorch's own threads, which share every single operation
     instead, gain as much on two idle cores, and on busy ones lose more by waiting for each other.)
     """
-    obs, actions, old_log_probs = batch.obs.flatten(0, 1), batch.actions.flatten(), batch.log_probs.flatten()
-    returns = (advantages + batch.values).flatten()
+    obs, actions = layout.split(batch.obs.flatten(0, 1)), batch.actions.flatten()
+    old_log_probs, returns = batch.log_probs.flatten(), (advantages + batch.values).flatten()
     advantages = advantages.flatten()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
@@ -348,7 +348,7 @@ def update(
 
     def gradients(mb: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Of the loss over some of the decisions; and what is logged of them."""
-        logits, values = agent(*layout.split(obs.index_select(0, mb)))
+        logits, values = agent(*(part.index_select(0, mb) for part in obs))
         log_probs, entropy = log_prob_and_entropy(logits, actions[mb])
         log_ratio = log_probs - old_log_probs[mb]
         ratio = log_ratio.exp()
@@ -361,12 +361,12 @@ def update(
         logged = torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clipfrac]).detach()
         return torch.autograd.grad(loss, parameters), logged
 
-    sums = torch.zeros(5, device=obs.device)
+    sums = torch.zeros(5, device=actions.device)
     for _ in range(args.update_epochs):
-        for mb in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
-            halves = mb.chunk(1 if obs.is_cuda else 2)
+        for mb in torch.randperm(args.batch_size, device=actions.device).split(args.minibatch_size):
+            halves = mb.chunk(1 if actions.is_cuda else 2)
             parts, logged = zip(*THREADS.map(gradients, halves), strict=True)
-            shares = torch.tensor([len(half) / len(mb) for half in halves], device=obs.device)
+            shares = torch.tensor([len(half) / len(mb) for half in halves], device=actions.device)
             for parameter, *grads in zip(parameters, *parts, strict=True):
                 parameter.grad = torch.tensordot(shares, torch.stack(grads), 1)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
