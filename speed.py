@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,7 +63,8 @@ def measure(args: Speed) -> tuple[dict[str, Any], Table]:
     workload = load_workload(args.workload, "all")
     workload.report()
     few = first_jobs(workload, FEW)
-    results: dict[str, Any] = {"workload": args.workload, "repetitions": args.repetitions, "machine": machine()}
+    flags = {name: value for name, value in asdict(args).items() if name != "output"}
+    results: dict[str, Any] = {"flags": flags, "machine": machine()}
     with Console(stderr=True).status("") as status:
         for title, part in {
             "memory": lambda: memory(workload),  # first, while nothing that was freed can be used again
@@ -402,9 +403,9 @@ def ratios(results: dict[str, Any]) -> dict[str, float | None]:
 
 def table_of(results: dict[str, Any]) -> Table:
     """A row a key, in the JSON's order; those that hold several figures, one each."""
-    machine = results["machine"]
+    flags, machine = results["flags"], results["machine"]
     table = Table(
-        title=f"Speed on {results['workload']}; medians of {results['repetitions']}",
+        title=f"Speed on {flags['workload']}; medians of {flags['repetitions']}",
         caption=f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, numba {machine['numba']}",
     )
     table.add_column("key")
@@ -418,7 +419,9 @@ def table_of(results: dict[str, Any]) -> Table:
 def flat(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
     """The figures, with the path to each."""
     for key, value in results.items():
-        if isinstance(value, dict) and key != "machine":
+        if key in ("flags", "machine"):
+            continue
+        if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key} ")
-        elif key not in ("machine", "workload", "repetitions"):
+        else:
             yield prefix + key, value
