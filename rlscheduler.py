@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from rich.table import Table
@@ -105,13 +107,26 @@ def published(args: RLScheduler, each: Callable[[list[str]], Iterable[str]]) -> 
             for rule in reference["published"]["order"]:
                 schedules = [] if rule == "RL" else schedules_of(workload, rule, backfill)
                 rows.append(published_row(reference, name, backfill, rule) | measured(schedules, lock_in=True))
-        for policy in policies:
+        for policy in with_and_without_backfilling(policies):
             rows.append(rival(reference, name, policy) | measured(policy.schedule(workload), locks_in(policy)))
     return {"rows": rows}, published_table(rows)
 
 
-def locks_in(policy: Policy) -> bool:
+def locks_in(policy: Policy) -> TypeGuard[OnnxPolicy]:
     return isinstance(policy, OnnxPolicy) and policy.metadata.lock_in
+
+
+def with_and_without_backfilling(policies: list[Policy]) -> Iterable[Policy]:
+    """Policies that lock in twice, whichever way they were trained: RLScheduler trains one network a trace, too, and
+    only switches backfilling on when that is replayed (its make_table_script.py)."""
+    for policy in policies:
+        if not locks_in(policy):
+            yield policy
+            continue
+        for backfill in ("none", "easy"):
+            replayed = copy(policy)
+            replayed.metadata = replace(policy.metadata, backfill=backfill)
+            yield replayed
 
 
 def measured(schedules: list[Schedule], lock_in: bool) -> dict[str, float | None]:

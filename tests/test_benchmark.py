@@ -315,14 +315,17 @@ def test_all_published_slowdowns_of_rules(run: Callable[..., dict], capsys: pyte
 def test_policies_are_put_beside_what_is_published_for_their_semantics(
     run: Callable[..., dict], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A file that stands for F1 with lock-in is F1, and EASY-SAF without it is the best rule on HPC2N."""
+    """A file that stands for F1 with lock-in is F1, with backfilling and without, and EASY-SAF without lock-in is the
+    best rule on HPC2N."""
     path = write_policy(tmp_path / "lock" / "policy.onnx", rule="f1", lock_in=True, backfill="none", resources=1)
     common = ("rlscheduler", "--traces", SHARED / "traces", "--reference", REFERENCE)
     rows = run(*common, "--policies", path, "easy-saf")["rows"]
-    ours = {(r["trace"], r["lock_in"]): r for r in rows if r["policy"]}
-    assert len(ours) == 8
-    lublin, hpc2n = ours["lublin_256", True], ours["HPC2N", False]
+    ours = {(r["trace"], r["lock_in"], r["backfill"]): r for r in rows if r["policy"]}
+    assert len(ours) == 12
+    lublin, hpc2n = ours["lublin_256", True, False], ours["HPC2N", False, True]
     assert (lublin["rule"], lublin["bsld"], round(lublin["our_bsld"], 2)) == ("RL", 254.67, 258.37)
+    f1 = {(r["trace"], r["backfill"]): r["bsld"] for r in rows if r["rule"] == "f1"}
+    assert {key: round(ours[key[0], True, key[1]]["our_bsld"], 2) for key in f1} == f1
     assert (hpc2n["rule"], hpc2n["policy"]) == ("EASY-SAF+SAFbf", "easy-saf")
     assert hpc2n["our_bsld"] == pytest.approx(hpc2n["bsld"], rel=1e-9)
     assert hpc2n["our_utilization"] == pytest.approx(hpc2n["utilization"], rel=1e-9)
