@@ -99,7 +99,8 @@ def published(args: RLScheduler, each: Callable[[list[str]], Iterable[str]]) -> 
     Raises:
         ValueError, WorkloadError, PolicyError: a file cannot be read, or is not what it should be.
     """
-    reference, policies = read_reference(args.reference), [load_policy(name) for name in args.policies]
+    reference = read_reference(args.reference)
+    policies = [policy for name in args.policies for policy in as_replayed(load_policy(name))]
     rows = []
     for name in each(list(reference["traces"])):
         workload = sequences(args.traces, name, reference["traces"][name])
@@ -107,7 +108,7 @@ def published(args: RLScheduler, each: Callable[[list[str]], Iterable[str]]) -> 
             for rule in reference["published"]["order"]:
                 schedules = [] if rule == "RL" else schedules_of(workload, rule, backfill)
                 rows.append(published_row(reference, name, backfill, rule) | measured(schedules, lock_in=True))
-        for policy in with_and_without_backfilling(policies):
+        for policy in policies:
             rows.append(rival(reference, name, policy) | measured(policy.schedule(workload), locks_in(policy)))
     return {"rows": rows}, published_table(rows)
 
@@ -116,17 +117,15 @@ def locks_in(policy: Policy) -> TypeGuard[OnnxPolicy]:
     return isinstance(policy, OnnxPolicy) and policy.metadata.lock_in
 
 
-def with_and_without_backfilling(policies: list[Policy]) -> Iterable[Policy]:
-    """Policies that lock in twice, whichever way they were trained: RLScheduler trains one network a trace, too, and
-    only switches backfilling on when that is replayed (its make_table_script.py)."""
-    for policy in policies:
-        if not locks_in(policy):
-            yield policy
-            continue
-        for backfill in ("none", "easy"):
-            replayed = copy(policy)
-            replayed.metadata = replace(policy.metadata, backfill=backfill)
-            yield replayed
+def as_replayed(policy: Policy) -> list[Policy]:
+    """One that locks in without and with backfilling, whichever it was trained with: RLScheduler trains one network a
+    trace, too, and only switches backfilling on where that is replayed (its make_table_script.py)."""
+    if not locks_in(policy):
+        return [policy]
+    both = copy(policy), copy(policy)
+    for way, backfill in zip(both, ("none", "easy"), strict=True):
+        way.metadata = replace(policy.metadata, backfill=backfill)
+    return list(both)
 
 
 def measured(schedules: list[Schedule], lock_in: bool) -> dict[str, float | None]:
