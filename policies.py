@@ -54,13 +54,6 @@ class Decision:
     reserved: tuple[int, int, float] | None  # the job that a node is kept free for, that node, and from when on
     order: np.ndarray  # int64[Q], all queued jobs, the most urgent first: what starts, what is reserved, the rest
 
-    @property
-    def priority(self) -> np.ndarray:
-        """int64[Q]: the priority level of each queued job, from Q (most urgent) down to 1."""
-        levels = np.empty(len(self.order), np.int64)
-        levels[self.order] = np.arange(len(self.order), 0, -1)
-        return levels
-
 
 class Policy(ABC):
     """Chooses actions from observations, decides in states of a real cluster, and replays workloads.
@@ -115,7 +108,8 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, state: ClusterState, window: int | None = None) -> Decision:
-        """What the policy does at this moment, to the last choice, as it would in the simulator; see `schedule`.
+        """What the policy does at this moment, to the last choice, as it would in the simulator (but for round-robin
+        and random, which go on from what they did before); see `schedule`.
 
         Jobs that do not start are in the order of the policy's scores, those outside its window behind them in the
         order of its reference rule, those that are too large for every node in use last.

@@ -744,7 +744,8 @@ def rule_decision(sim, p):
     if s.reserved < 0 and (p.mode != GREEDY or p.lock_in or overdue(sim, p)):
         head = head_job(sim, p)
         m = choose_node(sim, p, head)
-        if m < 0 and p.head == TUNED and not p.lock_in and tuned_score(sim, p, RESERVE_TERMS, head) > 0:
+        waives = p.head == TUNED and not p.lock_in and not overdue(sim, p)
+        if m < 0 and waives and tuned_score(sim, p, RESERVE_TERMS, head) > 0:
             return first_allowed(sim, p)
         return head, m if m >= 0 else choose_reservation(sim, p, head)
     if p.mode == BLOCKING:
@@ -920,7 +921,7 @@ def look(sim, p, window):
             sim.seen[j], sim.rank[j] = sim.seen[j - 1], sim.rank[j - 1]
             j -= 1
         sim.seen[j], sim.rank[j] = i, value
-    if s.queued > window:
+    if s.queued > window and (window > 1 or not overdue(sim, p)):  # who is overdue stays in the only place
         i, m = rule_decision(sim, p)
         if i >= 0 and not p.lock_in and not fits(sim, p, i, m):
             i, m = first_allowed(sim, p)
@@ -1686,7 +1687,7 @@ class _Simulator:
             empty(nodes, resources),
             empty(groups, 4),
             empty(length, dtype=START),
-            empty(length, 3, dtype=np.int32),
+            np.full((count, length, 3), -1, np.int32),
         )
 
     def schedule(self, e: int, first: int = 0, last: int | None = None) -> Schedule:
@@ -2062,6 +2063,9 @@ class SchedulerVectorEnv(VectorEnv):
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision in every environment. Those that end are reset: see `final_obs`, `final_info` and
         `final_schedule` (a Schedule of all the jobs) in the infos.
+
+        Raises:
+            ValueError: there is not one action for each environment.
         """
         self._step(actions)
         infos: dict[str, Any] = {}
@@ -2107,7 +2111,8 @@ class SchedulerVectorEnv(VectorEnv):
         return np.where(self._mask[np.arange(self.num_envs), actions], actions, self._mask.argmax(1))
 
     def schedule(self, e: int = 0) -> Schedule:
-        """What environment e did (and, for jobs that have not started, what the reference is about to do)."""
+        """What environment e did and, for jobs that have not started, what the reference is about to do (with rewards
+        by cost nobody knows: their start is inf)."""
         return self._core.schedule(e)
 
     def render(self) -> tuple[Any, ...] | None:
@@ -2145,8 +2150,11 @@ class SchedulerVectorEnv(VectorEnv):
         return int(self.workload.segments[segment, 0]) + place - (int(self._places[segment - 1]) if segment else 0)
 
     def _step(self, actions: np.ndarray) -> None:
+        actions = np.asarray(actions, np.int64)
+        if actions.shape != (self.num_envs,):
+            raise ValueError(f"actions of shape {actions.shape}; give one for each of the {self.num_envs} environments")
         out = self._rewards, self._terminated, self._truncated
-        self._core.step(np.asarray(actions, np.int64), self._plan, self._obs, self._mask, *out)
+        self._core.step(actions, self._plan, self._obs, self._mask, *out)
 
     def _final_info(self, e: int) -> dict[str, Any]:
         """Of the agent's jobs; the utilization is the machine's while it decided, whoever's jobs it ran."""

@@ -230,8 +230,9 @@ def resampled(
     workload: Workload, seed: int, *, runs: int = 64, run_jobs: int = 3_000, loads: tuple[float, float] = (0.9, 1.3)
 ) -> Workload:
     """New runs of at most `run_jobs` jobs each, put together from weeks drawn from the workload's segments at random
-    (with replacement, each from its beginning; of a shorter segment, all that follows a random job), with arrivals
-    compressed by a factor drawn from `loads`, one a run.
+    (with replacement, each from its beginning; of a week with more jobs than a run, all that follows a random one),
+    with arrivals compressed by a factor drawn from `loads`, one a run. A workload of a single week with at most
+    `run_jobs` jobs gives the same run each time, but for the factor.
 
     A trace has only so many busy times; what is fitted to one order of its weeks need not hold for another.
     """
@@ -628,7 +629,8 @@ def _follow(
     now, speed = state["now"], {node["name"]: node.get("speed", 1.0) for node in state["nodes"]}
     queued, running = ({job["id"]: job for job in state.get(part, ())} for part in ("queued", "running"))
     for key, job in (queued | running).items():
-        jobs.setdefault(key, {}).update(job)
+        known = {field: value for field, value in job.items() if value is not None}
+        jobs.setdefault(key, {}).update(known)
     for job in state.get("finished", ()):
         if job.get("id") in jobs:
             jobs[job["id"]]["run_time"] = job["run_time"]

@@ -100,6 +100,14 @@ def test_who_has_waited_for_too_long_is_the_only_choice_for_the_head(workload, s
     assert episode.schedule.start_time.tolist() == slow.start.tolist()
 
 
+@given(workload=workloads(min_jobs=10, max_jobs=25), window=st.sampled_from([1, 2, 3]), seed=SEEDS)
+@settings(max_examples=80)
+def test_who_has_waited_for_too_long_is_seen_in_the_smallest_window(workload, window, seed):
+    """So there is always something that is allowed (choosing at random from nothing would raise)."""
+    env = environment(workload, reference="easy-sjf@0.001", queue_window=window)
+    assert play(env, at_random(seed)).terminated
+
+
 @given(workload=workloads(max_jobs=25, estimates="exact"), seed=SEEDS)
 @settings(max_examples=120)
 def test_what_an_agent_backfills_never_delays_its_reservation(workload, seed):
@@ -781,6 +789,14 @@ def test_a_first_job_without_enough_jobs_behind_it_is_refused(cloud, first):
     envs = SchedulerVectorEnv(1, cloud, num_jobs=20, warmup_jobs=10, followup_jobs=10)
     with pytest.raises(ValueError, match="first"):
         envs.reset(options={"first": [first]})
+
+
+def test_one_action_for_each_environment_is_asked_for(cloud):
+    envs = SchedulerVectorEnv(3, cloud, num_jobs=20, warmup_jobs=0, followup_jobs=0)
+    envs.reset(seed=1)
+    for actions in ([0], [0] * 4, [[0, 0, 0]]):
+        with pytest.raises(ValueError, match="give one for each of the 3 environments"):
+            envs.step(np.array(actions))
 
 
 def test_a_step_after_the_end_changes_nothing():

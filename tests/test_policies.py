@@ -307,7 +307,6 @@ def assert_decides_as_it_schedules(policy: Policy, workload: Workload, window: i
         assert sorted(decision.order) == list(range(len(queued)))
         front = [job for job, _ in decision.start] + ([decision.reserved[0]] if decision.reserved else [])
         assert decision.order[: len(front)].tolist() == front
-        assert decision.priority[decision.order].tolist() == list(range(len(queued), 0, -1))
         started, longest = started + len(expected), max(longest, len(queued))
     assert started == len(schedule.jobs) and longest > 16
 
@@ -346,7 +345,7 @@ def test_decisions_by_hand() -> None:
     state = small_state()
     decision = load_policy("easy-fifo").decide(state)
     assert decision.start == [(1, 0), (2, 1), (3, 0)] and decision.reserved == (0, 1, 100.0)
-    assert decision.order.tolist() == [1, 2, 3, 0] and decision.priority.tolist() == [1, 4, 3, 2]
+    assert decision.order.tolist() == [1, 2, 3, 0]
     blocked = load_policy("fifo").decide(state)
     assert blocked.start == [] and blocked.reserved == (0, 1, 100.0) and blocked.order.tolist() == [0, 1, 2, 3]
     assert load_policy("greedy-sjf").decide(state).start == [(2, 0), (1, 1), (3, 1)]

@@ -54,6 +54,17 @@ def test_who_has_waited_for_longer_than_its_patience_goes_first() -> None:
     assert patient.wait.max() < 0.5 * greedy.wait.max()
 
 
+@given(workload=workloads(max_jobs=25).filter(one_node), seconds=st.sampled_from([0.0, 3.0, 20.0]))
+@settings(max_examples=60)
+def test_a_patience_from_outside_makes_it_reserve_too(workload: Workload, seconds: float) -> None:
+    """As `runs/RUN@HOURS` gives it to the tuned rule that a network started from."""
+    weights = STARTS["easy-sjf"].copy()
+    weights[RESERVE_TERMS * TERM_COUNT] = 1.0  # never, by itself
+    ours = simulate_one(workload, parse_rule(tuned_rule(weights))._replace(patience=seconds))
+    greedy = simulate_one(workload, parse_rule("greedy-sjf")._replace(patience=seconds))
+    assert ours.start_time.tolist() == greedy.start_time.tolist()
+
+
 def test_a_tuned_rule_is_a_policy_with_a_short_name() -> None:
     workload = load_workload("cloud", "validation", runs=1, run_jobs=300)
     names = [tuned_rule(STARTS[rule]) for rule in ("easy-sjf", "easy-xf")]

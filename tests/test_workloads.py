@@ -256,6 +256,21 @@ def test_a_record_of_two_jobs_by_hand(tmp_path):
     assert workload.jobs.wait_time.tolist() == [4, 0] and workload.cluster.capacity.tolist() == [[4]]
 
 
+def test_what_a_running_job_leaves_out_is_known_from_the_queue(tmp_path):
+    """Left out, or null."""
+    queued = {"id": 1, "submit_time": 1, "requested_time": 60, "demand": [2], "user": "u", "executable": "e"}
+    first = {
+        "state": {"now": 5, "nodes": [{"name": "n", "capacity": [4]}], "queued": [queued]},
+        "decision": {"start": []},
+    }
+    runs = {"id": 1, "requested_time": 60, "demand": [2], "start_time": 9, "node": "n"}
+    for unknown in ({}, {"submit_time": None, "user": None, "executable": None}):
+        second = with_value(with_value(first, [], "state", "queued"), [runs | unknown], "state", "running")
+        jobs = load_workload(record(tmp_path, first, with_value(second, 9, "state", "now"), ENDS), "all").jobs
+        assert jobs.submit_time.tolist() == [1] and jobs.wait_time.tolist() == [8]
+        assert jobs.user.tolist() == [0] and jobs.executable.tolist() == [0]
+
+
 def test_what_is_decided_and_not_done_is_no_start(tmp_path):
     """In shadow: job 1 is told to start at 5, 6 and 7, stays queued, and is cancelled; 2 runs untold."""
     still = [with_value(WAITS, now, "state", "now") for now in (6, 7)]
