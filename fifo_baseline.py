@@ -39,7 +39,7 @@ class Args:
     """part of the run's name, as an agent's; rules always choose the same"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
-    wandb_project_name: str = "ResourceRL"
+    wandb_project_name: str = "resourcerl"
     """the wandb's project name"""
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
@@ -99,10 +99,13 @@ def run(args: Args) -> dict[str, dict[str, float]]:
         import wandb
 
         wandb.tensorboard.patch(root_logdir=f"runs/{args.run_name}")
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args), name=args.run_name,
-            save_code=True,
-        )  # fmt: skip
+        try:
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args), name=args.run_name,
+                save_code=True,
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise ValueError(f"--track: {error}; run wandb login, or set WANDB_MODE=offline") from error
     results = {}
     bar = Console(stderr=True)
     for rule in track(rules, "Replaying", console=bar, transient=True, disable=not bar.is_terminal):

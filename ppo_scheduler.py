@@ -570,7 +570,12 @@ class Trainer:
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state_all(),
             }
-            torch.save(state, temporary, pickle_protocol=5)  # 2, the default, takes twice as long for arrays
+            try:
+                torch.save(state, temporary, pickle_protocol=5)  # 2, the default, takes twice as long for arrays
+            except RuntimeError as error:  # how PyTorch says that a disk is full
+                raise OSError(
+                    f"{self.folder}: checkpoint.pt cannot be written; make room, then go on from the last one"
+                ) from error
 
     def restore(self) -> None:
         """Raises ValueError: the checkpoint is damaged or from another version."""
@@ -661,7 +666,7 @@ def train(trainer: Trainer, writer: SummaryWriter, console: Console) -> bool:
 
     def interrupt(*_: object) -> None:
         if stop:
-            sys.exit(130)
+            os._exit(130)  # sys.exit would wait for the validation
         stop.append(1)
         console.print("Stopping, once a validation under way has ended. Ctrl-C again: without saving what is new.")
 
@@ -877,8 +882,11 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: out of memory ({error}); use fewer num_envs or num_steps", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # how PyTorch says it on the CPU
+            raise
+        why = str(error).partition("\n")[0]
+        print(f"error: out of memory ({why}); use fewer num_envs or num_steps", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # in training Ctrl-C saves the run and ends it
         sys.exit(130)

@@ -487,6 +487,31 @@ def test_bad_input_ends_with_one_line(finished: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("name", "flag"), [("ppo", "num-steps"), ("dqn", "buffer-steps")])
+def test_too_little_memory_ends_with_one_line(tmp_path: Path, name: str, flag: str) -> None:
+    """More than any address space has, where rewards and observations of that many decisions are to be kept."""
+    flags = ("--workload", SMALL[1], "--num-jobs", "64", "--reference", "easy-sjf", f"--{flag}", str(10**11))
+    command = [sys.executable, str(ROOT / f"{name}_scheduler.py"), *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("error: out of memory (") and flag.replace("-", "_") in last
+    assert "Traceback" not in result.stderr
+
+
+@BOTH
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, algorithm: ModuleType) -> None:
+    """The disk is full (what it is written to before it takes the old one's place is /dev/full)."""
+    trainer = trainer_of(algorithm, tmp_path / "run", "--num-envs", "2", "--num-steps", "2")
+    trainer.start()
+    trainer.checkpoint()
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    (tmp_path / f"run/.checkpoint.pt.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"checkpoint.pt cannot be written; make room"):
+        trainer.checkpoint()
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
+
+
 def test_tensorboard_shows_the_run_and_not_only_its_curves(finished: Path) -> None:
     events = EventAccumulator(str(finished), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
