@@ -32,7 +32,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple, TypeVar
-from zipfile import BadZipFile
 
 import numpy as np
 import tyro
@@ -117,7 +116,7 @@ class RLScheduler:
     """rlscheduler.json: the published figures, and which jobs they are of"""
     policies: tuple[str, ...] = ()
     """trained policies (policy.onnx or a run's folder) to replay as well: one that was trained with --lock-in beside
-    the published RL, with its own --backfill; another, or a rule, beside the best rule without lock-in"""
+    the published RL, without backfilling and with it; another, or a rule, beside the best rule without lock-in"""
     output: Path | None = None
     """where to write the rows as JSON"""
 
@@ -413,7 +412,7 @@ def replay(policy: Policy, workload: Workload, file: Path | None) -> tuple[np.nd
         try:
             with np.load(file) as found:
                 return found["start_time"], found["node"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # damaged: replay again
+        except Exception:  # whatever the damage leads to: replay again
             pass
     try:
         schedules = policy.schedule(workload)
@@ -900,7 +899,9 @@ def main() -> None:
         print(f"benchmark.py: {lost}; with --report, the same command goes on where it stopped", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("benchmark.py: interrupted; with --report, the same command goes on where it stopped", file=sys.stderr)
+        kept = isinstance(args, Sweep) or (isinstance(args, Compare) and args.report)
+        more = "the same command goes on where it stopped" if kept else "nothing is kept"
+        print(f"benchmark.py: interrupted; {more}", file=sys.stderr)
         sys.exit(130)
     table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False
     Console(width=1000).print(table)  # as wide as its figures: a narrow terminal may wrap a line, but nothing is cut

@@ -151,23 +151,31 @@ def rival(reference: dict[str, Any], trace: str, policy: Policy) -> dict[str, An
     if locks_in(policy):
         row = published_row(reference, trace, policy.metadata.backfill == "easy", "RL")
     else:
-        rules = reference["rules_without_lock_in"]["results"][trace]
-        best = min(rules, key=lambda rule: rules[rule]["bsld"])
-        figures = {"bsld": rules[best]["bsld"], "utilization": rules[best]["util"]}
-        row = {"trace": trace, "lock_in": False, "backfill": True, "rule": best} | figures
+        row = best_without_lock_in(reference, trace)
     return row | {"policy": policy.name}
+
+
+def best_without_lock_in(reference: dict[str, Any], trace: str) -> dict[str, Any]:
+    rules = reference["rules_without_lock_in"]["results"][trace]
+    best = min(rules, key=lambda rule: rules[rule]["bsld"])
+    figures = {"bsld": rules[best]["bsld"], "utilization": rules[best]["util"]}
+    return {"trace": trace, "lock_in": False, "backfill": True, "rule": best} | figures
 
 
 def read_reference(path: Path) -> dict[str, Any]:
     try:
         reference = json.loads(path.read_text())
-        reference["published"]["order"], reference["rules_without_lock_in"]["results"]
-        for info in reference["traces"].values():
-            info["trace_file"], info["n_jobs_loaded"], info["max_procs"], info["protocols"]["tableV_1024x10"]
+        for trace, info in reference["traces"].items():
+            info["trace_file"], info["n_jobs_loaded"], info["max_procs"]
+            info["protocols"]["tableV_1024x10"]["start_indexes"]
+            for backfill in (False, True):
+                for rule in reference["published"]["order"]:
+                    published_row(reference, trace, backfill, rule)
+            best_without_lock_in(reference, trace)
         return reference
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give the path of rlscheduler.json") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the published figures; give the path of rlscheduler.json") from None
 
 

@@ -47,12 +47,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from policies import ClusterState, Decision, OnnxPolicy, Policy, RulePolicy, load_policy
 from scheduler_env import Layout, Moment, parse_rule
 from workloads import Cluster, Jobs, WorkloadError
 
 log = logging.getLogger("serve")
+REQUEST_SECONDS = 10.0  # the head of a connection's first request has to arrive within
 BODY_SECONDS = 10.0  # a request's body has to arrive within
 TRIAL_SECONDS = 10.0  # a new policy has to decide its first state within
 RELOAD_SECONDS = 1.0  # how often the policy's file is looked at
@@ -839,10 +841,22 @@ def listen(args: Args) -> socket.socket:
     return listener
 
 
+class Connection(HttpToolsProtocol):
+    """uvicorn's, that does not wait for ever for the first request: who says nothing counts towards its limit too."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(REQUEST_SECONDS, self.close_if_silent)
+
+    def close_if_silent(self) -> None:
+        if self.cycle is None:  # no request yet, or half a one
+            self.transport.close()
+
+
 async def serve(service: Service, app: FastAPI, listener: socket.socket) -> None:
     """Until SIGTERM or Ctrl-C."""
     config = uvicorn.Config(
-        app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
+        app, http=Connection, ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=5, limit_concurrency=1024,
     )  # fmt: skip
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload_wanted.set)
@@ -911,6 +925,8 @@ def main(args: Args) -> None:
         listener = listen(args)
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     where = args.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
     log.info("policy %s, version %s, at %s", service.model.policy.name, service.model.version, where)
     if args.workers == 1:

@@ -639,29 +639,30 @@ class Agent:
         if self.args.mode == "shadow":
             log.info("would change %d of %d priorities; first: %s", len(changes), len(order), front)
             return
-        sent, until = 0, time.monotonic() + UPDATING
-        for sent, (job_id, value) in enumerate(changes):  # noqa: B007
+        changed, until = 0, time.monotonic() + UPDATING
+        self.unsent = False
+        for job_id, value in changes:
             if time.monotonic() > until:
+                self.unsent = True
                 break
-            self.update(job_id, **{name: value})
-        else:
-            sent = len(changes)
-        self.unsent = sent < len(changes)
-        if changes:
-            log.info(
-                "changed %d of %d %s; first: %s", sent, len(order), "nice values" if sign < 0 else "priorities", front
-            )
+            changed += self.update(job_id, **{name: value})
+        if changed:
+            what = "nice values" if sign < 0 else "priorities"
+            log.info("changed %d of %d %s; first: %s", changed, len(order), what, front)
 
-    def update(self, job_id: int, **properties: int) -> None:
+    def update(self, job_id: int, **properties: int) -> bool:
+        """Whether Slurm has done it."""
         if self.refused.get(job_id, 0.0) > time.time():
-            return
+            return False
         try:
             self.slurm.update(job_id, **properties)
             self.metrics.updates.inc()
+            return True
         except Refused as reason:
             self.metrics.refused.inc()
             self.refused[job_id] = time.time() + 60.0
-            log.info("job %d: %s", job_id, reason)
+            log.warning("job %d: not changed: %s", job_id, reason)
+            return False
 
     def look_back(self, last: bool = False) -> None:
         """Every so often, beside the passes: what the recorded jobs would have waited under the policy and FIFO."""

@@ -10,6 +10,7 @@ goes on with the next one, its unfinished runs included.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import secrets
 import signal
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
@@ -245,6 +248,21 @@ def search(study: optuna.Study, args: Sweep, description: dict[str, Any], consol
             run.process.wait()
 
 
+@contextmanager
+def alone(journal: Path) -> Iterator[None]:
+    """Nobody else searches here meanwhile: trials that run would be taken for those of an interrupted call.
+
+    Raises:
+        ValueError: somebody does.
+    """
+    with journal.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{journal}: another sweep goes on there; wait, or give a new --journal") from None
+        yield
+
+
 def optimise(args: Sweep) -> tuple[dict[str, Any], Table]:
     """Search, or go on. Returns all trials, best first, and a table of the best; draws what mattered."""
     description = read_description(args.file)
@@ -255,11 +273,10 @@ def optimise(args: Sweep) -> tuple[dict[str, Any], Table]:
     journal.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    study, console = open_study(args, journal, description), Console(stderr=True)
-    try:
+    console = Console(stderr=True)
+    with alone(journal):
+        study = open_study(args, journal, description)
         search(study, args, description, console)
-    except KeyboardInterrupt:
-        raise ValueError(f"interrupted; the same command goes on with {journal}") from None
     finished = study.get_trials(states=[TrialState.COMPLETE])
     if not finished:
         raise ValueError(f"none of the {len(study.trials)} trials in {journal} finished; the reasons are above")

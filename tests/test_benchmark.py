@@ -254,10 +254,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.onnx").write_text("no model")
-    info = {"trace_file": "lublin.swf", "n_jobs_loaded": 1, "max_procs": 1, "protocols": {"tableV_1024x10": {}}}
-    odd = {"published": {"order": []}, "traces": {"a": info}}
-    Path("odd.json").write_text(json.dumps(odd | {"rules_without_lock_in": {"results": {}}}))
-    Path("half.json").write_text(json.dumps(odd | {"traces": {"a": {}}, "rules_without_lock_in": {"results": {}}}))
+    protocols = {"tableV_1024x10": {"start_indexes": [0]}}
+    info = {"trace_file": "lublin.swf", "n_jobs_loaded": 1, "max_procs": 1, "protocols": protocols}
+    rules = {"rules_without_lock_in": {"results": {"a": {"sjf": {"bsld": 1.0, "util": 0.5}}}}}
+    odd = {"published": {"order": []}, "traces": {"a": info}} | rules
+    Path("odd.json").write_text(json.dumps(odd))
+    Path("half.json").write_text(json.dumps(odd | {"published": {"order": ["sjf"]}}))  # and no figures
     write_policy(Path("cloud/policy.onnx"), resources=2)
     before = sorted(tmp_path.rglob("*"))
     command, *rest = flags.split()

@@ -568,6 +568,29 @@ def test_it_ends_when_told_to(told: int, code: int) -> None:
         assert "Traceback" not in session.process.stderr.read()
 
 
+def test_who_connects_and_asks_for_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the middle of a request's head; who has asked may stay."""
+    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.3)
+
+    async def answers() -> list[Any]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        service = Service(Args("easy-sjf"))
+        serving = asyncio.create_task(serve.serve(service, create_app(service), listener))
+        found = []
+        for request in (b"", b"GET /healthz HTTP/1.1\r\n", b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(request)
+            await asyncio.sleep(0.6)
+            found.append(await asyncio.wait_for(reader.read(15), 5))
+        writer.write(request)
+        await asyncio.sleep(0.1)
+        found.append((await asyncio.wait_for(reader.read(1000), 5)).count(b"HTTP/1.1 200 OK"))
+        serving.cancel()
+        return found
+
+    assert asyncio.run(answers()) == [b"", b"", b"HTTP/1.1 200 OK", 1]
+
+
 def test_slow_bodies_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "BODY_SECONDS", 0.05)
 

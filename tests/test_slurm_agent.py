@@ -363,6 +363,22 @@ def test_a_full_disk_ends_the_charts_and_not_the_agent(
     assert caplog.text.count("goes on without them") == 1
 
 
+def test_what_is_refused_is_not_counted_as_changed(slurm: FakeSlurm, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    slurm.add(1, 2, 3)
+    refused = {1, 2, 3}
+    slurm.update = lambda job_id, properties: (  # type: ignore[method-assign]
+        (500, RECORDED["refused: ended"]) if job_id in refused else FakeSlurm.update(slurm, job_id, properties)
+    )
+    agent_for(slurm).one_pass()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 3 and all("not changed: " in warning for warning in warnings)
+    assert "changed 3 of" not in caplog.text and "changed 0 of" not in caplog.text
+    refused.remove(2)
+    agent_for(slurm).one_pass()
+    assert "changed 1 of 3 priorities; first: 1 2 3" in caplog.text
+
+
 def test_a_job_that_is_refused_stops_nothing(slurm: FakeSlurm, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     slurm.add(1, 2, 3)
@@ -372,7 +388,7 @@ def test_a_job_that_is_refused_stops_nothing(slurm: FakeSlurm, caplog: pytest.Lo
     agent = agent_for(slurm)
     agent.one_pass()
     assert {job_id for job_id, _ in slurm.updates} == {1, 3}
-    assert f"job 2: {RECORDED['refused: ended']['errors'][0]['error']} (" in caplog.text
+    assert f"job 2: not changed: {RECORDED['refused: ended']['errors'][0]['error']} (" in caplog.text
     agent.listed = 0.0
     agent.one_pass()
     assert caplog.text.count("job 2: ") == 1 and agent.metrics.refused._value.get() == 1

@@ -121,7 +121,7 @@ def test_an_interrupted_study_goes_on_with_its_runs(describe: Callable[..., None
     process.send_signal(blow)
     _, said = process.communicate(timeout=60)
     if blow == signal.SIGINT:
-        assert process.returncode == 2 and said.strip().splitlines()[-1].startswith("benchmark.py: interrupted")
+        assert process.returncode == 130 and said.strip().splitlines()[-1].startswith("benchmark.py: interrupted")
     before = [trial.params for trial in trials()]
     assert len(before) == 2 and {trial.state for trial in trials()} == {TrialState.RUNNING}
     time.sleep(1)  # for the orphans of kill -9 to end
@@ -130,6 +130,17 @@ def test_an_interrupted_study_goes_on_with_its_runs(describe: Callable[..., None
     assert done.returncode == 0, done.stderr
     assert [trial.params for trial in trials()[:2]] == before and {t.state for t in trials()} == {TrialState.COMPLETE}
     assert len(list(Path("runs").glob("w__*"))) == 3  # none was begun anew
+
+
+def test_two_do_not_search_the_same_study_at_once(describe: Callable[..., None]) -> None:
+    describe(parameters=DESCRIPTION["parameters"] | {"pause": {"value": 0.4}})
+    first = subprocess.Popen(command("--trials", 1), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not list(Path("runs").glob("*/checkpoint.pt")):
+        time.sleep(0.05)
+    second = sweep("--trials", 2)
+    assert second.returncode == 2 and second.stderr.startswith("benchmark.py: runs/sweep-known.journal: another sweep")
+    assert first.communicate(timeout=60) and first.returncode == 0 and len(trials()) == 1
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(describe: Callable[..., None]) -> None:
