@@ -1,6 +1,8 @@
 """Rules are logged like agents: the same names, one event file a rule, and the figures of the replay."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,6 +82,16 @@ def test_bad_input_is_one_line_and_writes_nothing(
     [line] = printed.err.splitlines()
     assert line.startswith(f"fifo_baseline.py: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["empty.swf"]
+
+
+def test_tracking_with_no_way_to_log_in_is_one_line(tmp_path: Path) -> None:
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_A")}
+    command = [sys.executable, fifo_baseline.__file__, "--workload", str(SMALL), "--track"]
+    environment = alone | {"HOME": str(tmp_path), "WANDB_MODE": "online"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert last.startswith("fifo_baseline.py: --track: ") and last.endswith("or set WANDB_MODE=offline")
 
 
 def test_skipped_jobs_are_counted(
