@@ -1687,7 +1687,7 @@ class _Simulator:
             empty(nodes, resources),
             empty(groups, 4),
             empty(length, dtype=START),
-            np.full((count, length, 3), -1, np.int32),
+            np.full((count, length, 3), -1, np.int32),  # of no group: so it stays where the rule uses no history
         )
 
     def schedule(self, e: int, first: int = 0, last: int | None = None) -> Schedule:

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from test_ppo import records
 
-from sweep import finish, launch, read_description, suggest
+from sweep import alone, finish, launch, read_description, suggest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -132,15 +132,14 @@ def test_an_interrupted_study_goes_on_with_its_runs(describe: Callable[..., None
     assert len(list(Path("runs").glob("w__*"))) == 3  # none was begun anew
 
 
-def test_two_do_not_search_the_same_study_at_once(describe: Callable[..., None]) -> None:
-    describe(parameters=DESCRIPTION["parameters"] | {"pause": {"value": 0.4}})
-    first = subprocess.Popen(command("--trials", 1), stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while time.time() < deadline and not list(Path("runs").glob("*/checkpoint.pt")):
-        time.sleep(0.05)
-    second = sweep("--trials", 2)
+@pytest.mark.usefixtures("describe")
+def test_two_do_not_search_the_same_study_at_once() -> None:
+    Path("runs").mkdir()
+    with alone(Path("runs/sweep-known.journal")):
+        second = sweep("--trials", 1)
     assert second.returncode == 2 and second.stderr.startswith("benchmark.py: runs/sweep-known.journal: another sweep")
-    assert first.communicate(timeout=60) and first.returncode == 0 and len(trials()) == 1
+    assert not list(Path("runs").glob("w__*"))
+    assert sweep("--trials", 1).returncode == 0 and len(trials()) == 1
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(describe: Callable[..., None]) -> None:
