@@ -23,8 +23,11 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from scheduler_env import Schedule, parse_rule, simulate
-from workloads import check_output, load_workload, workload_name, write_json
+from simulator.replay import simulate
+from simulator.rules import parse_rule
+from simulator.schedule import Schedule
+from workloads.files import check_output, write_json
+from workloads.load import load_workload, workload_name
 
 EPISODE_JOBS = 512  # the environment's default `num_jobs`
 CHARTS = ("latency", "wait", "bounded_slowdown", "utilization")

@@ -21,20 +21,14 @@ import msgspec
 import numpy as np
 import onnxruntime
 
-from scheduler_env import (
-    CLUSTER_FEATURES,
-    JOB_FEATURES,
-    NODE_FEATURES,
-    ClusterState,
-    Layout,
-    Moment,
-    Observation,
-    Schedule,
-    SchedulerVectorEnv,
-    parse_rule,
-    simulate,
-)
-from workloads import Cluster, Workload
+from scheduler_env import SchedulerVectorEnv
+from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
+from simulator.moment import ClusterState, Moment
+from simulator.observation import Layout, Observation
+from simulator.replay import simulate
+from simulator.rules import parse_rule
+from simulator.schedule import Schedule
+from workloads.jobs import Cluster, Workload
 
 METADATA_KEY, VERSION = "resourcerl", 1
 # What an observation says of the reference rule's own choice.

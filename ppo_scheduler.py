@@ -39,28 +39,27 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from policies import load_policy
-from scheduler_env import (
+from scheduler_env import SchedulerVectorEnv
+from simulator.gantt import gantt
+from simulator.kernels import (
     CLUSTER_FEATURES,
     CLUSTER_WIDTH,
     EASY,
     JOB_FEATURES,
     JOB_WIDTH,
-    METRIC,
     NODE_FEATURES,
     NODE_WIDTH,
-    RULES,
     TETRIS,
     TUNED,
-    Layout,
-    Observation,
-    Schedule,
-    SchedulerVectorEnv,
-    gantt,
-    parse_rule,
-    simulate,
 )
-from tuned_rule import costs, tune
-from workloads import Workload, at_loads, load_workload, replacing, workload_name, write_json
+from simulator.observation import Layout, Observation
+from simulator.replay import simulate
+from simulator.rules import RULES, parse_rule
+from simulator.schedule import METRIC, Schedule
+from training.tuning import costs, tune
+from workloads.files import replacing, write_json
+from workloads.jobs import Workload, at_loads
+from workloads.load import load_workload, workload_name
 
 
 @dataclass

@@ -22,8 +22,10 @@ import tyro
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scheduler_env import Schedule, simulate
-from workloads import Cluster, Workload, generate_jobs
+from simulator.replay import simulate
+from simulator.schedule import Schedule
+from workloads.generated import generate_jobs
+from workloads.jobs import Cluster, Workload
 
 
 @dataclass

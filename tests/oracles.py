@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from scheduler_env import Schedule, SchedulerEnv, simulate
-from workloads import Cluster, Jobs, Workload
+from scheduler_env import SchedulerEnv
+from simulator.replay import simulate
+from simulator.schedule import Schedule
+from workloads.jobs import Cluster, Jobs, Workload
 
 Chooser = Callable[[SchedulerEnv, np.ndarray], int]  # (environment, mask) -> action
 

@@ -14,9 +14,13 @@ import pytest
 from test_policies import write_policy
 
 import benchmark
-from benchmark import METRICS, Compare, block_metrics, bootstrap_weights, cut, difference, held_out, summary
-from scheduler_env import RULES, simulate
-from workloads import load_workload
+import evaluation.compare
+from evaluation.held_out import Compare, held_out, shorter, windows
+from evaluation.statistics import METRICS, block_metrics, bootstrap_weights, cut, difference, summary
+from simulator.replay import simulate
+from simulator.rules import RULES
+from workloads.files import write_json
+from workloads.load import load_workload
 
 SMALL = str(Path(__file__).parent / "data" / "small.swf")
 SHARED = Path(__file__).parents[2] / "shared"
@@ -132,19 +136,19 @@ def test_a_block_that_is_all_of_a_schedule_has_its_metrics(workload: str) -> Non
     ],
 )
 def test_shorter_replays(max_jobs: int, expected: list[list[int]]) -> None:
-    assert benchmark.shorter(np.array([[0, 10], [10, 20], [20, 30]]), max_jobs).tolist() == expected
+    assert shorter(np.array([[0, 10], [10, 20], [20, 30]]), max_jobs).tolist() == expected
 
 
 def test_windows_lie_side_by_side_within_segments_and_come_from_the_seed() -> None:
     segments = np.array([[0, 107], [107, 137], [137, 147]])
-    found = np.stack([benchmark.windows(segments, 2000, 20, np.random.default_rng(seed)) for seed in range(200)])
+    found = np.stack([windows(segments, 2000, 20, np.random.default_rng(seed)) for seed in range(200)])
     assert found.shape == (200, 6, 2) and ((found[..., 1] - found[..., 0]) == 20).all()
     for some in np.sort(found, axis=1):
         assert (some[1:, 0] >= some[:-1, 1]).all()
     starts = {20 * k + spare for k in range(5) for spare in range(8)} | set(range(107, 118))
     assert starts == set(found[..., 0].flat)  # the grid begins anywhere, and no window is across two segments
-    np.testing.assert_array_equal(found[5], benchmark.windows(segments, 6, 20, np.random.default_rng(5)))
-    assert benchmark.windows(segments, 4, 20, np.random.default_rng(5)).tolist() == found[5, :4].tolist()
+    np.testing.assert_array_equal(found[5], windows(segments, 6, 20, np.random.default_rng(5)))
+    assert windows(segments, 4, 20, np.random.default_rng(5)).tolist() == found[5, :4].tolist()
 
 
 def test_load_compresses_arrivals_within_each_run() -> None:
@@ -275,7 +279,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 def test_a_lost_worker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pool = ProcessPoolExecutor(1, get_context("spawn"))
-    monkeypatch.setattr(benchmark, "compare", lambda _: pool.submit(os._exit, 9).result())
+    monkeypatch.setattr(evaluation.compare, "compare", lambda _: pool.submit(os._exit, 9).result())
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "compare"])
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
@@ -292,7 +296,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.write_json(path, {"new": 1})
+        write_json(path, {"new": 1})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -13,10 +13,12 @@ import test_dqn
 import test_ppo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import scheduler_env
-from benchmark import Compare, Speed, Sweep
 from docs.lines import with_lines
+from evaluation.held_out import Compare
+from evaluation.speed import Speed
+from evaluation.sweep import Sweep
 from scheduler_env import SchedulerVectorEnv
+from simulator import kernels
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCRIPTS = ("ppo", "dqn")
@@ -55,7 +57,7 @@ def test_every_argument_of_the_environment_is_in_the_table_with_its_default() ->
 @pytest.mark.parametrize("kind", ["job", "node", "cluster"])
 def test_every_feature_is_in_the_table_in_its_place(kind: str) -> None:
     heading = f"of {'the' if kind == 'cluster' else 'a'} {kind}"
-    assert tuple(rows("environment.md", r"\w+", heading)) == getattr(scheduler_env, f"{kind.upper()}_FEATURES")
+    assert tuple(rows("environment.md", r"\w+", heading)) == getattr(kernels, f"{kind.upper()}_FEATURES")
 
 
 @pytest.mark.parametrize(

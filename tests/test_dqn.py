@@ -32,8 +32,10 @@ from dqn_scheduler import (
     updates_due,
 )
 from policies import load_policy
-from scheduler_env import Layout, Observation, SchedulerVectorEnv, simulate
-from workloads import load_workload
+from scheduler_env import SchedulerVectorEnv
+from simulator.observation import Layout, Observation
+from simulator.replay import simulate
+from workloads.load import load_workload
 
 SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
 SMALL += ("--num-envs", "8", "--num-steps", "32", "--num-evaluations", "2", "--gamma", "0.9", "--n-step", "3")

@@ -12,7 +12,8 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import scheduler_env
-from workloads import Workload, load_workload
+from workloads.jobs import Workload
+from workloads.load import load_workload
 
 ROOT = Path(__file__).parents[1]
 ID = "ResourceRL/Scheduler-v0"

@@ -24,19 +24,12 @@ from oracles import (
     workloads,
 )
 
-from scheduler_env import (
-    CLUSTER_FEATURES,
-    EASY,
-    JOB_FEATURES,
-    NODE_FEATURES,
-    OBJECTIVES,
-    RULES,
-    Schedule,
-    SchedulerEnv,
-    SchedulerVectorEnv,
-    parse_rule,
-)
-from workloads import Workload, load_workload
+from scheduler_env import SchedulerEnv, SchedulerVectorEnv
+from simulator.kernels import CLUSTER_FEATURES, EASY, JOB_FEATURES, NODE_FEATURES
+from simulator.rules import RULES, parse_rule
+from simulator.schedule import OBJECTIVES, Schedule
+from workloads.jobs import Workload
+from workloads.load import load_workload
 
 BACKFILLS, SEEDS = st.sampled_from(["none", "easy"]), st.integers(0, 1000)
 JOB = {name: column for column, name in enumerate(JOB_FEATURES)}

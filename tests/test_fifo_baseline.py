@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fifo_baseline
-from scheduler_env import simulate
-from workloads import load_workload
+from simulator.replay import simulate
+from workloads.load import load_workload
 
 SMALL = Path(__file__).parent / "data" / "small.swf"
 

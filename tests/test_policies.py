@@ -13,25 +13,22 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import scheduler_env as se
-from policies import (
-    JOB_CHOICE,
-    METADATA_KEY,
-    NODE_CHOICE,
-    RULE_WAITS,
-    ClusterState,
-    OnnxPolicy,
-    Policy,
-    PolicyError,
-    load_policy,
-)
+from policies import JOB_CHOICE, METADATA_KEY, NODE_CHOICE, RULE_WAITS, OnnxPolicy, Policy, PolicyError, load_policy
 from ppo_scheduler import Agent, export_onnx
-from workloads import Cluster, Workload, at_loads, load_workload
+from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
+from simulator.moment import ClusterState
+from simulator.observation import Layout
+from simulator.replay import simulate
+from simulator.rules import RULES
+from simulator.schedule import Schedule
+from workloads.jobs import Cluster, Workload, at_loads
+from workloads.load import load_workload
 
 META = {
     "version": 1, "algorithm": "ppo", "workload": "hpc", "objective": "latency", "reference": "easy-sjf",
     "backfill": "easy", "lock_in": False, "queue_window": 16, "nodes": 1, "resources": 1,
-    "job_features": list(se.JOB_FEATURES), "node_features": list(se.NODE_FEATURES),
-    "cluster_features": list(se.CLUSTER_FEATURES), "steps": 0, "seed": 1, "rule": None,
+    "job_features": list(JOB_FEATURES), "node_features": list(NODE_FEATURES),
+    "cluster_features": list(CLUSTER_FEATURES), "steps": 0, "seed": 1, "rule": None,
 }  # fmt: skip
 
 
@@ -80,7 +77,7 @@ def write_random_policy(path: Path, cluster: Cluster, seed: int = 2, **changes: 
     agent = Agent(resources, rule_bonus=0.0)
     torch.nn.init.normal_(agent.query.weight, std=1.0)
     meta = META | {"reference": "easy-wfp3+sjf", "nodes": nodes, "resources": resources} | changes
-    export_onnx(agent, path, se.Layout(16, nodes, resources), meta)
+    export_onnx(agent, path, Layout(16, nodes, resources), meta)
     return path
 
 
@@ -116,7 +113,7 @@ def test_the_rules_own_choice_is_never_hidden() -> None:
         assert (parts.jobs[..., JOB_CHOICE].sum(1) == 1).all()
         np.testing.assert_array_equal(actions, envs.rule_actions())
         assert (parts.mask[np.arange(4), actions] == 1).all()
-        longest = max(longest, parts.cluster[:, se.CLUSTER_FEATURES.index("hidden")].max())
+        longest = max(longest, parts.cluster[:, CLUSTER_FEATURES.index("hidden")].max())
         observations = envs.step(actions)[0]
     assert longest > 0  # queues were longer than the window
 
@@ -149,7 +146,7 @@ def test_the_window_can_be_another_than_the_trained_one(policy: OnnxPolicy) -> N
     [wide] = policy.schedule(jobs, window=400)
     [wider] = policy.schedule(jobs, window=800)  # nothing is hidden in either
     assert wide.start_time.tolist() == wider.start_time.tolist()
-    np.testing.assert_array_equal(wide.start_time, se.simulate(jobs, "easy-sjf")[0].start_time)
+    np.testing.assert_array_equal(wide.start_time, simulate(jobs, "easy-sjf")[0].start_time)
     with pytest.raises(ValueError, match="queue_window is 0"):
         policy.schedule(jobs, window=0)
 
@@ -158,7 +155,7 @@ def test_a_file_that_stands_for_a_rule_schedules_as_the_rule(tmp_path: Path) -> 
     policy = load_policy(str(write_policy(tmp_path / "policy.onnx", rule="easy-saf", follow=-9)))
     jobs = load_workload("hpc", "test", runs=2, run_jobs=400)
     assert policy.reference == "easy-saf"
-    for ours, theirs in zip(policy.schedule(jobs), se.simulate(jobs, "easy-saf"), strict=True):
+    for ours, theirs in zip(policy.schedule(jobs), simulate(jobs, "easy-saf"), strict=True):
         np.testing.assert_array_equal(ours.start_time, theirs.start_time)
     envs = vector_env(reference="easy-saf")
     observations, _ = envs.reset(seed=3)
@@ -171,7 +168,7 @@ def test_hours_behind_a_file_are_its_patience(tmp_path: Path, stands_for: str | 
     jobs = load_workload("hpc", "test", runs=1, run_jobs=800)
     size = {"nodes": 1, "resources": 1, "queue_window": 800}
     write_policy(tmp_path / "run@3" / "policy.onnx", reference="easy-sjf@500", rule=stands_for, **size)
-    [without], [patient] = se.simulate(jobs, "easy-sjf"), se.simulate(jobs, "easy-sjf@2")
+    [without], [patient] = simulate(jobs, "easy-sjf"), simulate(jobs, "easy-sjf@2")
     assert patient.wait.max() < 0.9 * without.wait.max()
     plain = load_policy(f"{tmp_path}/run@3")
     policy = load_policy(f"{tmp_path}/run@3@2")
@@ -229,9 +226,9 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half": (lambda path: write_policy(path, metadata='{"version": 1}'), "no policy of ResourceRL.*`algorithm`"),
     "deep": (lambda path: write_policy(path, metadata='{"?": ' + "[" * 100_000), "no policy of ResourceRL"),
     "newer": (lambda path: write_policy(path, version=2), "version 2"),
-    "features": (lambda path: write_policy(path, job_features=["age", *se.JOB_FEATURES[1:]]), r"\(age, present\)"),
+    "features": (lambda path: write_policy(path, job_features=["age", *JOB_FEATURES[1:]]), r"\(age, present\)"),
     "rule": (lambda path: write_policy(path, reference="alphabetical"), "unknown rule 'alphabetical'"),
-    "order": (lambda path: write_policy(path, node_features=list(se.NODE_FEATURES)[::-1]), "node features"),
+    "order": (lambda path: write_policy(path, node_features=list(NODE_FEATURES)[::-1]), "node features"),
 }
 
 
@@ -283,7 +280,7 @@ def test_other_resources_are_refused(policy: OnnxPolicy) -> None:
 
 
 # ------------------------------------------------------------------------------------------- states of a real cluster
-def state_at(schedule: se.Schedule, now: float, rng: np.random.Generator) -> tuple[ClusterState, np.ndarray]:
+def state_at(schedule: Schedule, now: float, rng: np.random.Generator) -> tuple[ClusterState, np.ndarray]:
     """What an operator would have seen at that moment of a schedule, jobs in any order; which jobs were queued."""
     jobs, start, end = schedule.jobs, schedule.start_time, schedule.start_time + schedule.service_time
     finished = np.flatnonzero(end <= now)
@@ -312,7 +309,7 @@ def assert_decides_as_it_schedules(policy: Policy, workload: Workload, window: i
 
 
 @pytest.mark.parametrize("workload", ["hpc", "cloud"])
-@pytest.mark.parametrize("rule", sorted(set(se.RULES) - {"random", "round-robin"}))  # these two remember, or draw
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"random", "round-robin"}))  # these two remember, or draw
 def test_a_rule_decides_as_it_schedules(workload: str, rule: str) -> None:
     jobs = at_loads(load_workload(workload, "test", runs=1, run_jobs=200), [2.0])
     assert_decides_as_it_schedules(load_policy(rule), jobs)

@@ -32,8 +32,12 @@ import dqn_scheduler
 import ppo_scheduler
 from policies import load_policy
 from ppo_scheduler import Agent, Args, Trainer, gae, log_prob_and_entropy, rollout, sample, some_runs
-from scheduler_env import EASY, Layout, SchedulerVectorEnv, parse_rule, simulate
-from workloads import load_workload
+from scheduler_env import SchedulerVectorEnv
+from simulator.kernels import EASY
+from simulator.observation import Layout
+from simulator.replay import simulate
+from simulator.rules import parse_rule
+from workloads.load import load_workload
 
 ROOT = Path(ppo_scheduler.__file__).parent
 SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from load import state_at
 
-from benchmark import Compare
+from deployment.service import Args as ServeArgs
+from deployment.service import Service
 from docs.lines import with_lines
+from evaluation.held_out import Compare
 from ppo_scheduler import Args
-from scheduler_env import simulate
-from serve import Args as ServeArgs
-from serve import Service
-from workloads import load_workload
+from simulator.replay import simulate
+from workloads.load import load_workload
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlscheduler import LOCK_IN_RULES, sequences
-from scheduler_env import Schedule, simulate
-from workloads import Workload
+from evaluation.rlscheduler import LOCK_IN_RULES, sequences
+from simulator.replay import simulate
+from simulator.schedule import Schedule
+from workloads.jobs import Workload
 
 SHARED = Path(__file__).parents[2] / "shared"
 REFERENCE, TRACES = SHARED / "reference" / "rlscheduler.json", SHARED / "traces"

@@ -24,12 +24,20 @@ from test_policies import write_policy
 from torch.utils.tensorboard import SummaryWriter
 
 import benchmark
+import evaluation.report as report_module
 import policies
-import report
-from benchmark import METRICS, Replays, bootstrap_weights, improvement, quantile_resamples
-from lower_bound import lower_bound, relaxed_cost
-from scheduler_env import RULES, Schedule, simulate
-from workloads import Cluster, Workload, load_workload
+from evaluation.figures import by_size, fairness, learning_curve, over_time, training_seeds, wait_distribution
+from evaluation.held_out import Compare, cuts
+from evaluation.lower_bound import lower_bound, relaxed_cost
+from evaluation.plots import Look, duration, short_name
+from evaluation.replays import Replays, Scenario
+from evaluation.report import agreement
+from evaluation.statistics import METRICS, bootstrap_weights, improvement, quantile_resamples
+from simulator.replay import simulate
+from simulator.rules import RULES
+from simulator.schedule import Schedule
+from workloads.jobs import Cluster, Workload
+from workloads.load import load_workload
 
 SMALL = str(Path(__file__).parent / "data" / "small.swf")
 COMPARED = ("latency", "wait", "slowdown")
@@ -180,8 +188,8 @@ def test_the_interval_of_a_median_covers_the_truth() -> None:
 
 
 def replays_of(workload: Workload, *rules: str) -> Replays:
-    scenario = benchmark.Scenario("continuous", 1.0)
-    found = Replays(workload, benchmark.cuts(benchmark.Compare(), scenario, workload))
+    scenario = Scenario("continuous", 1.0)
+    found = Replays(workload, cuts(Compare(), scenario, workload))
     for rule in rules:
         schedules = simulate(workload, rule)
         found.add(rule, *(np.concatenate([getattr(s, name) for s in schedules]) for name in ("start_time", "node")))
@@ -191,7 +199,7 @@ def replays_of(workload: Workload, *rules: str) -> Replays:
 def test_queue_and_utilization_over_time() -> None:
     replays = replays_of(load_workload(SMALL, "test"), "easy-fifo")
     [schedule] = replays.schedules["easy-fifo"]
-    found = benchmark.over_time(replays, ["easy-fifo"], bins=20)
+    found = over_time(replays, ["easy-fifo"], bins=20)
     submit, start, end = schedule.jobs.submit_time, schedule.start_time, schedule.start_time + schedule.service_time
     edges = np.linspace(submit[0], submit[-1], 21)
     for b, (low, high) in enumerate(itertools.pairwise(edges)):
@@ -205,17 +213,17 @@ def test_queue_and_utilization_over_time() -> None:
 
 def test_waits_by_size_add_up_and_the_tail_is_counted() -> None:
     replays = replays_of(load_workload(SMALL, "test"), "fifo", "easy-fifo", "easy-sjf")
-    found = benchmark.by_size(replays, ["fifo", "easy-sjf"])
+    found = by_size(replays, ["fifo", "easy-sjf"])
     waits = {rule: replays.waits(rule) for rule in replays.schedules}
     assert sum(found["jobs"]) == len(waits["fifo"]) and 2 <= len(found["labels"]) <= 5
     for rule in ("fifo", "easy-sjf"):
         assert np.dot(found["jobs"], found["wait"][rule]) == pytest.approx(waits[rule].sum())
-    fair = benchmark.fairness(replays, "easy-sjf")
+    fair = fairness(replays, "easy-sjf")
     assert fair["longer_than_fifo"] == sum(a > b for a, b in zip(waits["easy-sjf"], waits["fifo"], strict=True)) / len(
         waits["fifo"]
     )
     assert fair["beyond_easy_fifo_max"] == (waits["easy-sjf"] > waits["easy-fifo"].max()).sum()
-    share = benchmark.wait_distribution(replays, ["fifo"])
+    share = wait_distribution(replays, ["fifo"])
     at = 77
     assert share["share"]["fifo"][at] == pytest.approx((waits["fifo"] > share["seconds"][at]).mean())
 
@@ -228,8 +236,8 @@ def test_starvation_is_called_by_its_name() -> None:
     for name, start in (("fifo", usual + 90), ("easy-fifo", usual), ("fair", usual), ("one", usual.copy())):
         replays.add(name, start, node)
     replays.schedules["one"][0].start_time[3] += 15  # 25 s, where nobody else waits more than 10
-    assert not any(benchmark.fairness(replays, name)["starves"] for name in ("fifo", "easy-fifo", "fair"))
-    found = benchmark.fairness(replays, "one")
+    assert not any(fairness(replays, name)["starves"] for name in ("fifo", "easy-fifo", "fair"))
+    found = fairness(replays, "one")
     assert found["starves"] and found["beyond_easy_fifo_max"] == 1 and found["longer_than_fifo"] == 0
 
 
@@ -243,7 +251,7 @@ def test_seeds_are_taken_together_by_name() -> None:
     cost["w__dqn__1__1700000001/policy.onnx"] = rule  # a single run
     replays = Replays(make_workload(0, 5), [])
     replays.per_block = cost
-    found = benchmark.training_seeds(replays, "best", "latency", seed=1)["groups"]
+    found = training_seeds(replays, "best", "latency", seed=1)["groups"]
     assert set(found) == {"w__ppo", "fifo", "easy-fifo"}
     # Scores: 40 blocks each of 0.5, 1 and 2; the middle half of the 120 is ten of 0.5, forty of 1 and ten of 2.
     assert found["w__ppo"]["iqm"] == pytest.approx((10 * 0.5 + 40 * 1 + 10 * 2) / 60)
@@ -254,17 +262,17 @@ def test_seeds_are_taken_together_by_name() -> None:
     levels = np.linspace(0, 2, 81)
     assert found["w__ppo"]["profile"][int(np.searchsorted(levels, 0.8))] == pytest.approx(2 / 3)
     replays.per_block = {name: cost[name] for name in ("fifo", "easy-fifo", "w__dqn__1__1700000001/policy.onnx")}
-    assert benchmark.training_seeds(replays, "fifo", "latency", seed=1) == {}
+    assert training_seeds(replays, "fifo", "latency", seed=1) == {}
     replays.per_block = {f"{name}{'@5' * ('w__' in name)}": values for name, values in cost.items()} | cost
-    groups = benchmark.training_seeds(replays, "best", "latency", seed=1)["groups"]  # another patience is another group
+    groups = training_seeds(replays, "best", "latency", seed=1)["groups"]  # another patience is another group
     assert set(groups) == {"w__ppo", "w__ppo@5", "fifo", "easy-fifo"} and len(groups["w__ppo@5"]["runs"]) == 3
 
 
 def test_runs_are_called_by_what_they_are() -> None:
-    assert report.short_name("w__ppo__3__17000/policy.onnx") == "ppo (seed 3)"
-    assert report.short_name("w__ppo__3__17000/policy.onnx@5") == "ppo@5 (seed 3)"
-    assert report.short_name("mine/policy.onnx@5") == "mine@5"
-    assert report.short_name("easy-sjf@5") == "easy-sjf@5"
+    assert short_name("w__ppo__3__17000/policy.onnx") == "ppo (seed 3)"
+    assert short_name("w__ppo__3__17000/policy.onnx@5") == "ppo@5 (seed 3)"
+    assert short_name("mine/policy.onnx@5") == "mine@5"
+    assert short_name("easy-sjf@5") == "easy-sjf@5"
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -309,7 +317,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longest, and is not what these tests are about."""
-    monkeypatch.setattr(report, "write", lambda *_: None)
+    monkeypatch.setattr(report_module, "write", lambda *_: None)
 
 
 def results_of(folder: Path) -> dict:
@@ -500,7 +508,7 @@ def test_the_protocols_agree_or_not_in_plain_words() -> None:
         return {"policies": {"easy-fifo": {}, "easy-saf": {}}, "protocols": rows | {"change_sides": sides}}
 
     def said(results: dict) -> str:
-        return report.agreement(results, report.Look(results, [])).replace("\u00a0", " ")
+        return agreement(results, Look(results, [])).replace("\u00a0", " ")
 
     assert said(found((10, 8), (5, 4))).startswith("The protocols agree: easy-saf is the best")
     text = said(found((10, 22), (10, 7)))
@@ -509,8 +517,8 @@ def test_the_protocols_agree_or_not_in_plain_words() -> None:
 
 
 def test_durations_and_shares_are_for_people() -> None:
-    assert [report.duration(x) for x in (5, 90, 5400, 2_343_413)] == ["5 s", "1.5 min", "1.5 h", "27.1 d"]
-    found = [report.share(x).replace("\u00a0", " ") for x in (0, 1, 0.0012, 0.5, 0.999999)]
+    assert [duration(x) for x in (5, 90, 5400, 2_343_413)] == ["5 s", "1.5 min", "1.5 h", "27.1 d"]
+    found = [report_module.share(x).replace("\u00a0", " ") for x in (0, 1, 0.0012, 0.5, 0.999999)]
     assert found == ["0 %", "100 %", "0.1 %", "50 %", "100 %"]
 
 
@@ -597,7 +605,7 @@ def test_nobody_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_an_event_file_cut_short_is_drawn_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_runs(tmp_path)
     [events] = (tmp_path / RUNS[0]).glob("events*")
-    whole = report.learning_curve(tmp_path / RUNS[0])
+    whole = learning_curve(tmp_path / RUNS[0])
     assert whole["note"] is None and len(whole["scalars"]["eval/improvement"]) == 20
     assert whole["scalars"]["eval/improvement"][4] == pytest.approx([400, 0.02])
     events.write_bytes(events.read_bytes()[: events.stat().st_size // 2])

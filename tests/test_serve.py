@@ -33,11 +33,22 @@ from onnx import TensorProto, helper, numpy_helper
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from test_policies import META, ODD_METADATA, write_policy, write_random_policy
 
+import deployment.http_api
+import deployment.processes
+import deployment.service
 import scheduler_env as se
 import serve
+from deployment.contract import STATES, Refused, cluster_state, decode
+from deployment.http_api import create_app
+from deployment.processes import read_token
+from deployment.processes import serve as serve_on
+from deployment.service import Args, Service
 from policies import PolicyError, RulePolicy, load_policy
-from serve import Args, Refused, Service, cluster_state, create_app, decode
-from workloads import Workload, WorkloadError, at_loads, load_workload, read_decisions
+from simulator.moment import ClusterState
+from simulator.observation import Observation
+from workloads.jobs import Workload, WorkloadError, at_loads
+from workloads.load import load_workload
+from workloads.records import read_decisions
 
 ROOT = Path(serve.__file__).parent
 STATE: dict[str, Any] = {
@@ -258,7 +269,7 @@ wild = st.fixed_dictionaries(
 @settings(max_examples=400)
 def test_wild_states_are_read_or_refused(state: dict[str, Any]) -> None:
     try:
-        found = cluster_state(decode(serve.STATES, json.dumps(state).encode()))
+        found = cluster_state(decode(STATES, json.dumps(state).encode()))
     except Refused as refused:
         assert refused.status == 422 and refused.refusal.detail[0].msg
     else:
@@ -290,10 +301,10 @@ def sane(draw: st.DrawFn) -> dict[str, Any]:
 @given(sane(), st.sampled_from(["easy-sjf", "greedy-saf", "fifo", "tetris", "round-robin", "easy-wfp3+sjf"]))
 @settings(max_examples=300)
 def test_decisions_keep_within_what_is_free(state: dict[str, Any], rule: str) -> None:
-    check_decision(state, cluster_state(decode(serve.STATES, json.dumps(state).encode())), rule)
+    check_decision(state, cluster_state(decode(STATES, json.dumps(state).encode())), rule)
 
 
-def check_decision(state: dict[str, Any], found: se.ClusterState, rule: str = "easy-sjf") -> None:
+def check_decision(state: dict[str, Any], found: ClusterState, rule: str = "easy-sjf") -> None:
     """Every job once, all that start fit, and a reservation is for a job and a time to come."""
     decision, free = RulePolicy(rule).decide(found), found.free.copy()
     assert sorted(decision.order) == list(range(len(state.get("queued", ()))))
@@ -364,14 +375,14 @@ def test_a_late_model_is_replaced_by_its_rule(tmp_path: Path, deadline_ms: float
 
 
 def test_a_policy_that_does_not_answer_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "TRIAL_SECONDS", 0.2)
+    monkeypatch.setattr(deployment.service, "TRIAL_SECONDS", 0.2)
     with pytest.raises(PolicyError, match="its network does not run"):
         Service(Args(str(write_endless_policy(tmp_path / "policy.onnx", least=1))))
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("the driver\nis gone"), np.nan])
 def test_a_failing_model_is_replaced_by_its_rule(tmp_path: Path, failure: Any, caplog: Any) -> None:
-    def fail(parts: se.Observation) -> np.ndarray:
+    def fail(parts: Observation) -> np.ndarray:
         if isinstance(failure, Exception):
             raise failure
         return np.full((1, parts.mask.shape[1]), failure, np.float32)
@@ -412,7 +423,7 @@ def test_a_new_file_that_is_odd_in_any_way_leaves_the_old_policy(
         write_policy(path, **odd)
         service.refresh()
     with monkeypatch.context() as broken:
-        broken.setattr(serve, "load_policy", lambda name: [].popp)  # an error that nobody has thought of
+        broken.setattr(deployment.service, "load_policy", lambda name: [].popp)  # an error that nobody has thought of
         service.refresh(wanted=True)
     assert service.model is first and metric(session, "resourcerl_reloads_total") == len(ODD_METADATA) + 1
     assert all(f"version {first.version} stays" in line for line in caplog.messages)
@@ -570,12 +581,12 @@ def test_it_ends_when_told_to(told: int, code: int) -> None:
 
 def test_who_connects_and_asks_for_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the middle of a request's head; who has asked may stay."""
-    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(deployment.processes, "REQUEST_SECONDS", 0.3)
 
     async def answers() -> list[Any]:
         listener = socket.create_server(("127.0.0.1", 0))
         service = Service(Args("easy-sjf"))
-        serving = asyncio.create_task(serve.serve(service, create_app(service), listener))
+        serving = asyncio.create_task(serve_on(service, create_app(service), listener))
         found = []
         for request in (b"", b"GET /healthz HTTP/1.1\r\n", b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"):
             reader, writer = await asyncio.open_connection(*listener.getsockname())
@@ -591,7 +602,7 @@ def test_who_connects_and_asks_for_nothing_is_cut_off(monkeypatch: pytest.Monkey
 
 
 def test_slow_bodies_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(deployment.http_api, "BODY_SECONDS", 0.05)
 
     async def never() -> Any:
         await asyncio.sleep(60)
@@ -616,7 +627,7 @@ def test_slow_bodies_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------------- who may talk to it
 def test_the_token(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret\n")
-    app = create_app(Service(Args("easy-sjf")), serve.read_token(Args("easy-sjf", token_file=tmp_path / "token")))
+    app = create_app(Service(Args("easy-sjf")), read_token(Args("easy-sjf", token_file=tmp_path / "token")))
     session = TestClient(app)
     for path in ("/v1/model", "/metrics", "/openapi.json", "/nowhere"):
         for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):

@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_workload, simulate_one, within, workloads
 
-from scheduler_env import EASY, GREEDY, JOB_FEATURES, RULES, STATIC, Rule, Schedule, SchedulerEnv, parse_rule, simulate
-from workloads import Cluster, Jobs, Workload
+from scheduler_env import SchedulerEnv
+from simulator.kernels import EASY, GREEDY, JOB_FEATURES, STATIC
+from simulator.replay import simulate
+from simulator.rules import RULES, Rule, parse_rule
+from simulator.schedule import Schedule
+from workloads.jobs import Cluster, Jobs, Workload
 
 GREEDY_RULES = [rule for rule in RULES if parse_rule(rule).mode == GREEDY]
 EASY_RULES = [rule for rule in RULES if parse_rule(rule).mode == EASY]

@@ -20,14 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prometheus_client
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.summary import Writer
 from test_policies import write_policy, write_random_policy
 
 import slurm_agent as sa
+from deployment import priorities
+from deployment.accounting import JOBCOMP_COLUMNS, Export, export
+from deployment.priorities import (
+    HINDSIGHT_JOBS,
+    LIVE_LEVELS,
+    Agent,
+    Args,
+    Metrics,
+    evenly,
+    hindsight,
+    longest_falling,
+    predicted_starts,
+    priority_order,
+    relabel,
+    warm_up,
+)
+from deployment.slurm import API, FOREVER, Slurm, SlurmError, SlurmJob, Snapshot, job_from_rest, pool, processors_in_use
 from policies import PolicyError, load_policy
-from workloads import Jobs, WorkloadError, generate_jobs, load_workload, offered_load
+from workloads.generated import generate_jobs
+from workloads.jobs import Jobs, Workload, WorkloadError, offered_load
+from workloads.load import load_workload
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "tests" / "data" / "slurm_22_05.json").read_text())
@@ -82,7 +103,7 @@ class Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        path, _, query = self.path.removeprefix(sa.API).partition("?")
+        path, _, query = self.path.removeprefix(API).partition("?")
         if not self.server.slurmctld:
             self.reply(500, RECORDED["slurmctld down"])
         elif path == "/nodes":
@@ -122,22 +143,22 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm
     server.server_close()
 
 
-def agent_for(slurm: FakeSlurm, **args: Any) -> sa.Agent:
+def agent_for(slurm: FakeSlurm, **args: Any) -> Agent:
     args = {"mode": "live", "policy": "easy-saf"} | args
-    settings = sa.Args(socket=Path(str(slurm.server_address)), **args)
-    return sa.Agent(settings, sa.Slurm(settings.socket), load_policy(settings.policy), sa.Metrics(settings.mode))
+    settings = Args(socket=Path(str(slurm.server_address)), **args)
+    return Agent(settings, Slurm(settings.socket), load_policy(settings.policy), Metrics(settings.mode))
 
 
 # --------------------------------------------------------------------------------------------------- what Slurm says
 def test_recorded_jobs_are_understood() -> None:
     """An array, one that depends, one that is held, one for tomorrow, others that wait, run, and have ended."""
-    jobs = {job_id: sa.job_from_rest(record) for job_id, record in JOBS.items()}
+    jobs = {job_id: job_from_rest(record) for job_id, record in JOBS.items()}
     named = {job.name: job for job in jobs.values()}
     assert named["after"].left_alone == "dependency" and named["held"].left_alone == "held"
     assert named["tomorrow"].left_alone == "begin time"
     assert named["array"].left_alone == "" and named["array"].state == "PENDING"
     assert (named["pending"].cpus, named["pending"].limit, named["pending"].nice) == (2, 180.0, 7)
-    assert named["endless"].limit == sa.FOREVER
+    assert named["endless"].limit == FOREVER
     running, ended, cancelled = named["running"], named["ended"], named["cancelled"]
     assert running.state == "RUNNING" and running.start >= running.eligible and not running.ran
     assert ended.ran and ended.end - ended.start in (1, 2) and ended.user == "root"
@@ -146,22 +167,22 @@ def test_recorded_jobs_are_understood() -> None:
 
 def test_processors_of_nodes_that_take_jobs() -> None:
     nodes = RECORDED["nodes"]["nodes"]
-    assert [node["cpus"] for node in nodes] == [4] * 4 and sa.processors_in_use(nodes, None) == 16
+    assert [node["cpus"] for node in nodes] == [4] * 4 and processors_in_use(nodes, None) == 16
     drained = [{**nodes[0], "state_flags": ["DRAIN"], "alloc_cpus": 3}, {**nodes[1], "state": "down", "alloc_cpus": 0}]
     drained += nodes[2:]
-    assert sa.processors_in_use(drained, None) == 3 + 0 + 8
-    assert sa.processors_in_use(nodes, "main") == 16 and sa.processors_in_use(nodes, "other") == 0
+    assert processors_in_use(drained, None) == 3 + 0 + 8
+    assert processors_in_use(nodes, "main") == 16 and processors_in_use(nodes, "other") == 0
 
 
 def test_nodes_that_sleep_take_jobs() -> None:
     """The flags that Slurm 22.05 gives with SuspendProgram; one that is down, or drained, does not wake up."""
     node = RECORDED["nodes"]["nodes"][0] | {"state": "idle", "alloc_cpus": 0}
     for flags in (["POWERING_DOWN"], ["POWERED_DOWN"], ["NOT_RESPONDING", "POWERING_UP"]):
-        assert sa.processors_in_use([node | {"state_flags": flags}], None) == 4, flags
+        assert processors_in_use([node | {"state_flags": flags}], None) == 4, flags
     down = node | {"state": "down", "state_flags": ["POWERED_DOWN", "NOT_RESPONDING"]}
     drained = node | {"state_flags": ["DRAIN", "POWERED_DOWN"]}
     silent = node | {"state_flags": ["NOT_RESPONDING"]}
-    assert sa.processors_in_use([down, drained, silent], None) == 0
+    assert processors_in_use([down, drained, silent], None) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- order
@@ -171,52 +192,50 @@ labels = st.lists(st.integers(-3, 60), max_size=12)
 @given(labels)
 def test_relabel_changes_as_few_as_possible(current: list[int]) -> None:
     low, high = 0, 40
-    new = sa.relabel(current, low, high)
+    new = relabel(current, low, high)
     assert len(new) == len(current) and all(a > b for a, b in pairwise(new))
     assert all(low <= label <= high for label in new)
     longest = [0] * len(current)  # the longest falling subsequence that ends at each, by definition
     for i, label in enumerate(current):
         if low <= label <= high:
             longest[i] = 1 + max((longest[j] for j in range(i) if current[j] > label and longest[j]), default=0)
-    kept = sa.longest_falling(current, low, high)
+    kept = longest_falling(current, low, high)
     assert len(kept) == max(longest, default=0)
     assert all(current[a] > current[b] for a, b in pairwise(kept))
     if all(new[k] == current[k] for k in kept):
         assert sum(a != b for a, b in zip(new, current, strict=True)) == len(current) - len(kept)
     else:  # no room: all anew
-        assert new == sa.evenly(len(current), low, high)
+        assert new == evenly(len(current), low, high)
 
 
 def test_relabel_leaves_room() -> None:
-    low, high = sa.LIVE_LEVELS
-    order = sa.relabel([0] * 1_000, low, high)
+    low, high = LIVE_LEVELS
+    order = relabel([0] * 1_000, low, high)
     assert len(set(order)) == 1_000
     rng, changed = np.random.default_rng(0), 0
     for _ in range(2_000):  # a job comes somewhere, often at the front or the back, and the first one starts
         order.insert(int(rng.choice([0, rng.integers(1_000), 1_000])), 0)
-        new = sa.relabel(order, low, high)
+        new = relabel(order, low, high)
         changed += sum(a != b for a, b in zip(new, order, strict=True))
         order = new[1:]
     assert changed < 3 * 2_000
     with pytest.raises(ValueError, match="5 labels"):
-        sa.relabel([9] * 5, 0, 3)
+        relabel([9] * 5, 0, 3)
 
 
-def job(
-    job_id: int, cpus: int, limit: float, eligible: float = 0.0, start: float = 0.0, end: float = 0.0
-) -> sa.SlurmJob:
+def job(job_id: int, cpus: int, limit: float, eligible: float = 0.0, start: float = 0.0, end: float = 0.0) -> SlurmJob:
     state = "COMPLETED" if end else "RUNNING" if start else "PENDING"
-    return sa.SlurmJob(job_id, state, "ann", "", "app", "main", eligible, start, end, limit, cpus)
+    return SlurmJob(job_id, state, "ann", "", "app", "main", eligible, start, end, limit, cpus)
 
 
 def test_order_and_those_who_have_waited_too_long() -> None:
     pending = [job(1, 4, 600.0, 900.0), job(2, 1, 60.0, 990.0), job(3, 16, 600.0, 100.0), job(4, 8, 600.0, 50.0)]
-    snapshot = sa.Snapshot(1000.0, 8, pending, [job(5, 6, 600.0, 0.0, 500.0)], [])
+    snapshot = Snapshot(1000.0, 8, pending, [job(5, 6, 600.0, 0.0, 500.0)], [])
     saf = load_policy("easy-saf")
     # 2 fits; 1 is the head; 4 is larger than what is left; 3 is larger than the cluster.
-    assert [job.job_id for job in sa.priority_order(saf, snapshot, 5_000.0)] == [2, 1, 4, 3]
-    assert [job.job_id for job in sa.priority_order(saf, snapshot, 940.0)] == [4, 2, 1, 3]
-    assert [job.job_id for job in sa.priority_order(saf, snapshot, 500.0)] == [4, 3, 2, 1]
+    assert [job.job_id for job in priority_order(saf, snapshot, 5_000.0)] == [2, 1, 4, 3]
+    assert [job.job_id for job in priority_order(saf, snapshot, 940.0)] == [4, 2, 1, 3]
+    assert [job.job_id for job in priority_order(saf, snapshot, 500.0)] == [4, 3, 2, 1]
 
 
 def test_predicted_starts_by_hand() -> None:
@@ -230,7 +249,7 @@ def test_predicted_starts_by_hand() -> None:
     finished = [finished[-1], *finished[:-1]]  # the last two: 100 and 200 s
     running = [job(5, 6, 600.0, 0.0, 900.0)]
     pending = [job(1, 4, 600.0), job(2, 2, 60.0), job(3, 8, 120.0), job(4, 9, 60.0)]
-    starts = sa.predicted_starts(sa.Snapshot(1000.0, 8, pending, running, finished), pending)
+    starts = predicted_starts(Snapshot(1000.0, 8, pending, running, finished), pending)
     # The running job is expected to end at 1050, the head starts then; 2 starts at once and ends at its limit, 1060;
     # 3 comes after the head, at 1200; 4 is too large for the cluster.
     assert starts == {1: 1050.0, 2: 1000.0, 3: 1200.0}
@@ -239,7 +258,7 @@ def test_predicted_starts_by_hand() -> None:
 def test_hindsight_by_hand() -> None:
     """One processor: a long job, then a short one before it has started. FIFO waits for the long one."""
     jobs = [job(1, 1, 60.0, 0.0, 0.5, 10.5), job(2, 1, 600.0, 1.0, 10.5, 110.5), job(3, 1, 60.0, 2.0, 110.5, 120.5)]
-    waits = sa.hindsight(load_policy("easy-sjf"), jobs, 1)
+    waits = hindsight(load_policy("easy-sjf"), jobs, 1)
     assert waits == {
         "recorded": pytest.approx((0.5 + 9.5 + 108.5) / 3), "fifo": pytest.approx((0 + 9 + 108) / 3),
         "easy-fifo": pytest.approx((0 + 9 + 108) / 3), "policy": pytest.approx((0 + 19 + 8) / 3),
@@ -351,7 +370,7 @@ def test_a_full_disk_ends_the_charts_and_not_the_agent(
     slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_once: bool
 ) -> None:
     disk = FullDisk(at_once)
-    monkeypatch.setattr(sa, "Writer", disk)
+    monkeypatch.setattr(priorities, "Writer", disk)
     slurm.add(1, 2)
     agent = agent_for(slurm)
     agent.one_pass()
@@ -441,13 +460,13 @@ def test_a_thousand_jobs_take_less_than_a_second(
 ) -> None:
     frozen = time.time()  # while jobs grow older a random network changes its mind, and they are sent again
     monkeypatch.setattr(time, "time", lambda: frozen)
-    monkeypatch.setattr(sa, "UPDATING", 0.1)  # several passes, however fast the machine is
+    monkeypatch.setattr(priorities, "UPDATING", 0.1)  # several passes, however fast the machine is
     rng = np.random.default_rng(0)
     for job_id in range(1, 1_001):
         slurm.add(job_id, cpus=int(rng.integers(1, 17)), time_limit=int(rng.integers(1, 600)))
-    policy = str(write_random_policy(tmp_path / "policy.onnx", sa.pool(16))) if network else "easy-saf"
+    policy = str(write_random_policy(tmp_path / "policy.onnx", pool(16))) if network else "easy-saf"
     agent = agent_for(slurm, policy=policy)
-    sa.warm_up(agent.policy)
+    warm_up(agent.policy)
     passes = 0
     while agent.unsent or not passes:  # each sends for a while and looks again
         agent.one_pass()
@@ -467,7 +486,7 @@ def test_a_thousand_jobs_take_less_than_a_second(
 def test_new_and_finished_jobs_within_a_second(slurm: FakeSlurm) -> None:
     slurm.add(1, 2, cpus=16)
     agent, stop = agent_for(slurm), threading.Event()
-    sa.warm_up(agent.policy)
+    warm_up(agent.policy)
     thread = threading.Thread(target=agent.run, args=(stop,))
     thread.start()
     try:
@@ -497,7 +516,7 @@ def test_slurmctld_goes_and_comes_back(slurm: FakeSlurm, caplog: pytest.LogCaptu
     caplog.set_level("INFO")
     slurm.add(1, 2, cpus=16)
     agent, stop = agent_for(slurm), threading.Event()
-    sa.warm_up(agent.policy)
+    warm_up(agent.policy)
     thread = threading.Thread(target=agent.run, args=(stop,))
     thread.start()
     try:
@@ -520,8 +539,8 @@ def test_slurmctld_goes_and_comes_back(slurm: FakeSlurm, caplog: pytest.LogCaptu
 
 def test_without_slurmrestd_pauses_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = sa.Args(socket=tmp_path / "nothing.sock", mode="live")
-    agent = sa.Agent(settings, sa.Slurm(settings.socket), load_policy("easy-saf"), sa.Metrics("live"))
+    settings = Args(socket=tmp_path / "nothing.sock", mode="live")
+    agent = Agent(settings, Slurm(settings.socket), load_policy("easy-saf"), Metrics("live"))
 
     class Waits:
         pauses: list[float] = []  # noqa: RUF012
@@ -539,7 +558,7 @@ def test_nodes_of_another_form_are_tried_again(slurm: FakeSlurm, nodes: Any) -> 
     slurm.add(1)
     known, slurm.nodes = slurm.nodes, nodes
     agent = agent_for(slurm)
-    with pytest.raises(sa.SlurmError, match="GET nodes: "):
+    with pytest.raises(SlurmError, match="GET nodes: "):
         agent.one_pass()
     slurm.nodes = known
     agent.one_pass()
@@ -554,7 +573,7 @@ def test_errors_of_another_form_are_tried_again(slurm: FakeSlurm, status: int, e
     slurm.add(1)
     slurm.update = lambda *_: (status, {"errors": errors})  # type: ignore[method-assign]
     agent = agent_for(slurm)
-    with pytest.raises(sa.SlurmError, match=f"POST /job/1: HTTP {status}"):
+    with pytest.raises(SlurmError, match=f"POST /job/1: HTTP {status}"):
         agent.one_pass()
     del slurm.update
     agent.listed = 0.0
@@ -584,9 +603,9 @@ def test_a_replay_that_fails_is_logged_once(
     def fails(*_: Any) -> dict[str, float]:
         raise RuntimeError("no such order")
 
-    monkeypatch.setattr(sa, "hindsight", fails)
+    monkeypatch.setattr(priorities, "hindsight", fails)
     agent = agent_for(slurm)
-    agent.finished.update({k: job(k, 1, 60.0, 0.0, 1.0, 2.0) for k in range(sa.HINDSIGHT_JOBS)})  # type: ignore[misc]
+    agent.finished.update({k: job(k, 1, 60.0, 0.0, 1.0, 2.0) for k in range(HINDSIGHT_JOBS)})  # type: ignore[misc]
     agent.processors = 16
     agent.look_back()
     until(lambda: agent.replay is not None and agent.replay.done())
@@ -641,7 +660,7 @@ def test_numbers_that_cannot_work_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["slurm_agent.py", flag, value])
-    monkeypatch.setattr(sa.Agent, "run", lambda *_: None)
+    monkeypatch.setattr(Agent, "run", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit, match="2"):
         sa.main()
@@ -658,7 +677,7 @@ def test_metrics(slurm: FakeSlurm) -> None:
     agent.one_pass()
     slurm.start(1)
     agent.one_pass()
-    text = sa.prometheus_client.generate_latest(agent.metrics.registry).decode()
+    text = prometheus_client.generate_latest(agent.metrics.registry).decode()
     for line in (
         'resourcerl_slurm_jobs{state="pending"} 1.0', 'resourcerl_slurm_jobs{state="running"} 1.0',
         'resourcerl_slurm_jobs{state="held"} 1.0', "resourcerl_slurm_wait_seconds_count 1.0",
@@ -680,24 +699,24 @@ def test_metrics(slurm: FakeSlurm) -> None:
     agent.look_back()
     until(lambda: agent.replay is not None and agent.replay.done(), 60)
     agent.look_back()
-    text = sa.prometheus_client.generate_latest(agent.metrics.registry).decode()
+    text = prometheus_client.generate_latest(agent.metrics.registry).decode()
     assert 'resourcerl_slurm_hindsight_wait_seconds{order="fifo"}' in text
     assert 'resourcerl_slurm_hindsight_wait_seconds{order="recorded"} 40.0' in text
-    agent.metrics.board.write(sa.Writer.close)
+    agent.metrics.board.write(Writer.close)
     assert list(Path("runs").glob("slurm__live__*/events*"))
 
 
 # ------------------------------------------------------------------------------------------------------------- export
-def records(count: int = 300) -> tuple[Jobs, list[sa.SlurmJob]]:
+def records(count: int = 300) -> tuple[Jobs, list[SlurmJob]]:
     """Jobs as generated, and as a Slurm of 16 processors would have run them, whole seconds and minutes."""
-    cluster = sa.pool(16)
+    cluster = pool(16)
     jobs = generate_jobs(np.random.default_rng(3), count, cluster, run_time=(300.0, 1.0, 3_600.0), load=0.5)
     [schedule] = load_policy("fifo").schedule(
-        sa.Workload("x", cluster, replace(jobs, submit_time=np.round(jobs.submit_time)), np.array([[0, count]]), {})
+        Workload("x", cluster, replace(jobs, submit_time=np.round(jobs.submit_time)), np.array([[0, count]]), {})
     )
     origin = 1_780_000_000.0
     return jobs, [
-        sa.SlurmJob(
+        SlurmJob(
             int(jobs.job_id[k]), "COMPLETED", f"user{jobs.user[k]:03}", f"group{jobs.group[k]:03}",
             f"app {jobs.executable[k]:03}", "main", origin + round(jobs.submit_time[k]),
             origin + schedule.start_time[k], origin + schedule.start_time[k] + jobs.run_time[k],
@@ -711,7 +730,7 @@ def local(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def as_jobcomp(job: sa.SlurmJob) -> str:
+def as_jobcomp(job: SlurmJob) -> str:
     """The format of the recorded line in RECORDED["jobcomp"]."""
     return (
         f"JobId={job.job_id} UserId={job.user}(1000) GroupId=x(1000) Name={job.name} JobState={job.state} Partition="
@@ -722,7 +741,7 @@ def as_jobcomp(job: sa.SlurmJob) -> str:
     )
 
 
-def as_sacct(jobs: list[sa.SlurmJob]) -> str:
+def as_sacct(jobs: list[SlurmJob]) -> str:
     rows = ["JobIDRaw|User|Account|JobName|Partition|Submit|Start|End|TimelimitRaw|NCPUS|State"]
     for job in jobs:
         rows.append(
@@ -735,7 +754,7 @@ def as_sacct(jobs: list[sa.SlurmJob]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def as_json(jobs: list[sa.SlurmJob]) -> str:
+def as_json(jobs: list[SlurmJob]) -> str:
     return json.dumps({"jobs": [
         PENDING | {
             "job_id": job.job_id, "job_state": job.state, "user_name": job.user, "account": job.account,
@@ -752,7 +771,7 @@ def test_export_round_trip(tmp_path: Path, form: str) -> None:
     text = {"jobcomp": "".join(map(as_jobcomp, ran)), "sacct": as_sacct(ran), "json": as_json(ran)}[form]
     source, trace = tmp_path / "source", tmp_path / "trace.swf.gz"
     source.write_text(text)
-    said = sa.export(sa.Export((source, source), trace))
+    said = export(Export((source, source), trace))
     assert f"{trace}: 300 jobs" in said and "300 again" in said
     loaded = load_workload(str(trace), "all")
     back, order = loaded.jobs, np.lexsort((jobs.job_id, np.round(jobs.submit_time)))
@@ -766,7 +785,7 @@ def test_export_round_trip(tmp_path: Path, form: str) -> None:
     for ours, theirs in ((back.user, jobs.user), (back.executable, jobs.executable), (back.group, jobs.group)):
         assert ours.tolist() == np.unique(theirs, return_inverse=True)[1].tolist()
     assert loaded.cluster.capacity.tolist() == [[16.0]] and loaded.skipped == {}
-    assert offered_load(back, loaded.cluster) == pytest.approx(offered_load(jobs, sa.pool(16)), rel=1e-3)
+    assert offered_load(back, loaded.cluster) == pytest.approx(offered_load(jobs, pool(16)), rel=1e-3)
     [schedule] = load_policy("easy-fifo").schedule(load_workload(str(trace), "train"))
     assert len(schedule.jobs) == 180
 
@@ -778,7 +797,7 @@ def test_lines_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
         "Unknown|Unknown|5|1|PENDING", "2026-01-01T00:00:01|Unknown|5|8|NODE_FAIL"
     )  # fmt: skip
     (tmp_path / "source").write_text(lines)
-    said = sa.export(sa.Export((tmp_path / "source",), tmp_path / "trace.swf"))
+    said = export(Export((tmp_path / "source",), tmp_path / "trace.swf"))
     assert "2 jobs, 2 with more or fewer columns than line 1" in said and "1 not finished, 1 never ran" in said
     back = load_workload(str(tmp_path / "trace.swf"), "all").jobs
     assert back.job_id.tolist() == [1, 4] and back.run_time.tolist() == [100.0, 100.0]
@@ -789,7 +808,7 @@ def test_export_of_recorded_files(tmp_path: Path) -> None:
     (tmp_path / "jobcomp.log").write_text(RECORDED["jobcomp"].replace("Name=ended ", "Name=a|b "))
     (tmp_path / "squeue.json").write_text(json.dumps(RECORDED["jobs"]))
     for name in ("jobcomp.log", "squeue.json"):
-        sa.export(sa.Export((tmp_path / name,), tmp_path / f"{name}.swf", processors=16))
+        export(Export((tmp_path / name,), tmp_path / f"{name}.swf", processors=16))
     ours, theirs = (load_workload(str(tmp_path / f"{name}.swf"), "all").jobs for name in ("jobcomp.log", "squeue.json"))
     assert len(ours) == 2
     for name in ("job_id", "submit_time", "run_time", "requested_time", "demand", "wait_time"):
@@ -805,22 +824,22 @@ def test_export_of_recorded_files(tmp_path: Path) -> None:
         ("JobId=1 JobState=COMPLETED\n", "line 1: no field 'SubmitTime'|line 1: no field 'Submit'"),
         ("hello world\n", "line 1: no field"),
         ('{"jobs": ["x"]}', "not what `squeue --json`"),
-        ("|".join(sa.JOBCOMP_COLUMNS) + "\n1|ann|a", "no job that has run, 1 with more or fewer columns"),
+        ("|".join(JOBCOMP_COLUMNS) + "\n1|ann|a", "no job that has run, 1 with more or fewer columns"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "source").write_text(text)
     with pytest.raises(WorkloadError, match=problem):
-        sa.export(sa.Export((tmp_path / "source",), tmp_path / "trace.swf"))
+        export(Export((tmp_path / "source",), tmp_path / "trace.swf"))
     assert not (tmp_path / "trace.swf").exists()
     with pytest.raises(WorkloadError, match="nowhere: No such file"):
-        sa.export(sa.Export((tmp_path / "nowhere",), tmp_path / "trace.swf"))
+        export(Export((tmp_path / "nowhere",), tmp_path / "trace.swf"))
 
 
 def test_processors_that_are_too_few(tmp_path: Path) -> None:
     (tmp_path / "source").write_text("".join(map(as_jobcomp, records()[1])))
     with pytest.raises(WorkloadError, match=r"--processors 2: job \d+ had"):
-        sa.export(sa.Export((tmp_path / "source",), tmp_path / "trace.swf", processors=2))
+        export(Export((tmp_path / "source",), tmp_path / "trace.swf", processors=2))
 
 
 def test_policies_for_other_clusters_are_refused(tmp_path: Path) -> None:
@@ -828,7 +847,7 @@ def test_policies_for_other_clusters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         PolicyError, match=r"made for clusters with 2 kinds of resources \(cloud\), and this cluster has 1"
     ):
-        sa.warm_up(load_policy(str(tmp_path / "policy.onnx")))
+        warm_up(load_policy(str(tmp_path / "policy.onnx")))
 
 
 def test_the_documented_flags_have_the_documented_defaults() -> None:
@@ -836,4 +855,4 @@ def test_the_documented_flags_have_the_documented_defaults() -> None:
     rows = re.findall(r"^\| `--([\w-]+)` \| `(.*?)` \|", section, re.MULTILINE)
     assert len(rows) >= 7
     for flag, default in rows:
-        assert default == str(getattr(sa.Args, flag.replace("-", "_"))), flag
+        assert default == str(getattr(Args, flag.replace("-", "_"))), flag

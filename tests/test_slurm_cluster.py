@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent / "slurm"))
 
 import demo
 
-import slurm_agent as sa
-from workloads import load_workload
+from deployment.accounting import Export, export
+from deployment.priorities import LIVE_LEVELS, Args
+from workloads.load import load_workload
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmrestd", "munged")
 MISSING = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.defpath}:/usr/sbin:/sbin")]
@@ -106,7 +107,7 @@ def test_orders_and_survives(desk: Desk) -> None:
     assert before.items() <= after.items()  # what was in order was not set again
     desk.types("scontrol", "hold", "name=tiny")
     desk.types("scontrol", "release", "name=tiny")
-    until(lambda: 0 < desk.jobs()["tiny"]["priority"] < min(sa.LIVE_LEVELS))  # Slurm's own again
+    until(lambda: 0 < desk.jobs()["tiny"]["priority"] < min(LIVE_LEVELS))  # Slurm's own again
 
 
 def test_shadow_and_advise(desk: Desk) -> None:
@@ -120,7 +121,7 @@ def test_shadow_and_advise(desk: Desk) -> None:
     with demo.agent(desk.base, "easy-saf", mode="advise"):
         until(lambda: desk.order() == ["small", "large"])
     nice = {name: job["nice"] or 0 for name, job in desk.jobs().items()}
-    assert nice["running"] == 0 <= nice["small"] < nice["large"] <= sa.Args.max_nice
+    assert nice["running"] == 0 <= nice["small"] < nice["large"] <= Args.max_nice
 
 
 def test_export_of_what_ran(desk: Desk) -> None:
@@ -132,7 +133,7 @@ def test_export_of_what_ran(desk: Desk) -> None:
     (desk.base / "squeue.json").write_text(desk.types("squeue", "--json", "-t", "all"))
     traces = []
     for name in ("jobcomp.log", "squeue.json"):
-        sa.export(sa.Export((desk.base / name,), desk.base / f"{name}.swf", processors=16))
+        export(Export((desk.base / name,), desk.base / f"{name}.swf", processors=16))
         traces.append(load_workload(str(desk.base / f"{name}.swf"), "all").jobs)
     for field in ("job_id", "submit_time", "run_time", "requested_time", "demand", "wait_time", "user", "executable"):
         assert getattr(traces[0], field).tolist() == getattr(traces[1], field).tolist(), field

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import benchmark
-import speed
+from evaluation import speed
+from evaluation.speed import PARTS, RATIOS, Speed, first_jobs, flat, ratios, stable_baselines3
+from workloads.load import load_workload
 
 ROOT = Path(__file__).parents[1]
 SMALL = str(ROOT / "tests" / "data" / "small.swf")
@@ -49,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_figure_is_measured(results: dict[str, Any]) -> None:
-    for name, figure in speed.flat(results):
+    for name, figure in flat(results):
         assert (figure is not None and figure > 0) or name.startswith("memory"), name
     assert results["simulator_decisions_per_second"] == min(results["simulator_decisions_per_second_by_rule"].values())
     assert results["simulator_decisions_per_second"] > 10_000
@@ -57,8 +59,8 @@ def test_every_figure_is_measured(results: dict[str, Any]) -> None:
     assert 1_000 < results["vector_env_steps_per_second"] == results["vector_env_steps_per_second_by_environments"]["8"]
     assert min(results["policy_calls_per_second"].values()) > 10  # which is faster, one short count does not tell
     for shares in (results["ppo_time_shares"], results["dqn_time_shares"]):
-        assert sum(shares.values()) == pytest.approx(1) and set(shares) == set(speed.PARTS)
-    for key, (a, b) in speed.RATIOS.items():
+        assert sum(shares.values()) == pytest.approx(1) and set(shares) == set(PARTS)
+    for key, (a, b) in RATIOS.items():
         assert results[key] == pytest.approx(results[a] / results[b])
 
 
@@ -91,13 +93,13 @@ def test_without_stable_baselines3_its_figures_are_null(
 ) -> None:
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
-    workload = speed.load_workload(SMALL, "all")
-    found = speed.stable_baselines3(benchmark.Speed(), workload)
+    workload = load_workload(SMALL, "all")
+    found = stable_baselines3(Speed(), workload)
     assert set(found.values()) == {None} and "not installed" in capsys.readouterr().err
-    both = dict.fromkeys((key for pair in speed.RATIOS.values() for key in pair), 2.0)
-    assert speed.ratios(both | found)["ppo_over_sb3"] is None and speed.ratios(both)["ppo_over_sb3"] == 1
+    both = dict.fromkeys((key for pair in RATIOS.values() for key in pair), 2.0)
+    assert ratios(both | found)["ppo_over_sb3"] is None and ratios(both)["ppo_over_sb3"] == 1
 
 
 def test_first_jobs_are_a_workload_of_their_own() -> None:
-    workload = speed.first_jobs(speed.load_workload(SMALL, "test"), 100)
+    workload = first_jobs(load_workload(SMALL, "test"), 100)
     assert workload.segments.tolist() == [[0, 100]] and len(workload.jobs) == 100

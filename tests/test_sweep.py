@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from test_ppo import records
 
-from sweep import alone, finish, launch, read_description, suggest
+from evaluation.sweep import alone, finish, launch, read_description, suggest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))

@@ -14,9 +14,14 @@ from oracles import simulate_one, workloads
 
 import scheduler_env as se
 from policies import load_policy
-from scheduler_env import PATIENCE, RESERVE_TERMS, TERM_COUNT, SchedulerVectorEnv, parse_rule, tuned_rule
-from tuned_rule import STARTS, badness, costs, free_weights, tune
-from workloads import Workload, at_loads, load_workload, resampled
+from scheduler_env import SchedulerVectorEnv
+from simulator.arrays import recorded_estimates
+from simulator.kernels import PATIENCE, RESERVE_TERMS, TERM_COUNT
+from simulator.replay import simulate
+from simulator.rules import parse_rule, tuned_rule
+from training.tuning import STARTS, badness, costs, free_weights, tune
+from workloads.jobs import Workload, at_loads, resampled
+from workloads.load import load_workload
 
 ROOT = Path(se.__file__).parent
 
@@ -47,10 +52,10 @@ def test_who_has_waited_for_longer_than_its_patience_goes_first() -> None:
     workload = load_workload("hpc", "validation", runs=1, run_jobs=500)
     weights = STARTS["easy-saf"].copy()
     weights[RESERVE_TERMS * TERM_COUNT], weights[PATIENCE] = 1.0, -1.0
-    [ours], [fifo] = se.simulate(workload, tuned_rule(weights)), se.simulate(workload, "easy-fifo")
+    [ours], [fifo] = simulate(workload, tuned_rule(weights)), simulate(workload, "easy-fifo")
     assert ours.start_time.tolist() == fifo.start_time.tolist()
     weights[PATIENCE] = 4.0
-    [patient], [greedy] = se.simulate(workload, tuned_rule(weights)), se.simulate(workload, "greedy-saf")
+    [patient], [greedy] = simulate(workload, tuned_rule(weights)), simulate(workload, "greedy-saf")
     assert patient.wait.max() < 0.5 * greedy.wait.max()
 
 
@@ -71,7 +76,7 @@ def test_a_tuned_rule_is_a_policy_with_a_short_name() -> None:
     policies = [load_policy(name) for name in names]
     assert all(re.fullmatch("tuned-[0-9a-f]{8}", policy.name) for policy in policies)
     assert policies[0].name != policies[1].name and policies[0].reference == names[0]
-    [ours], [theirs] = policies[0].schedule(workload), se.simulate(workload, names[0])
+    [ours], [theirs] = policies[0].schedule(workload), simulate(workload, names[0])
     assert ours.start_time.tolist() == theirs.start_time.tolist()
 
 
@@ -90,7 +95,7 @@ def test_the_name_holds_the_weights() -> None:
 def test_recorded_estimates_are_the_users_last_two_run_times(workload: Workload, seed: int) -> None:
     jobs = replace(workload.jobs, wait_time=np.random.default_rng(seed).uniform(0, 500, len(workload.jobs)))
     ends = jobs.submit_time + jobs.wait_time + jobs.run_time
-    found = se._recorded(jobs)
+    found = recorded_estimates(jobs)
     for i in range(len(jobs)):
         known = [j for j in range(len(jobs)) if jobs.user[j] == jobs.user[i] >= 0 and ends[j] <= jobs.submit_time[i]]
         last = sorted(known, key=lambda j: ends[j])[-2:]
@@ -163,8 +168,8 @@ def test_the_same_seed_fits_the_same_rule(seed: int) -> None:
 
 def test_where_nobody_waits_all_rules_are_as_good() -> None:
     idle = at_loads(load_workload("hpc", "train", runs=1, run_jobs=100), (0.001,))
-    assert se.simulate(idle, "easy-fifo")[0].wait.max() == 0
-    base, found = (costs(se.simulate(idle, rule), "wait") for rule in ("easy-fifo", "easy-sjf"))
+    assert simulate(idle, "easy-fifo")[0].wait.max() == 0
+    base, found = (costs(simulate(idle, rule), "wait") for rule in ("easy-fifo", "easy-sjf"))
     assert badness(found, base) == 0
 
 
@@ -172,8 +177,8 @@ def test_the_fit_beats_where_it_starts() -> None:
     train = load_workload("hpc", "train", runs=1, run_jobs=500)
     name = tune(train, "wait", seed=1, generations=8)
     held_out = resampled(train, 2)
-    base = costs(se.simulate(held_out, "easy-fifo"), "wait")
-    tuned, started = (costs(se.simulate(held_out, rule), "wait") for rule in (name, "easy-saf"))
+    base = costs(simulate(held_out, "easy-fifo"), "wait")
+    tuned, started = (costs(simulate(held_out, rule), "wait") for rule in (name, "easy-saf"))
     assert badness(tuned, base) < badness(started, base)
 
 

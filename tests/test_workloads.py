@@ -14,8 +14,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import workloads
-from workloads import Cluster, Jobs, WorkloadError, load_workload, offered_load, read_swf, scale_load, write_swf
+import workloads.presets as presets_module
+from workloads.generated import _arrivals, generate_cluster, generate_jobs
+from workloads.jobs import DAY, Cluster, Jobs, WorkloadError, offered_load, scale_load
+from workloads.load import load_workload
+from workloads.lublin import (
+    LOG_RUN_LIMIT,
+    _daily_weights,
+    _lublin_mean_work,
+    _lublin_sizes,
+    _mixture,
+    _truncated_gamma,
+    daily_clock,
+    lublin_jobs,
+)
+from workloads.presets import PRESETS, cloud, hpc
+from workloads.swf import jobs_from_swf, read_swf, write_swf
+from workloads.users import NUM_USERS, TYPED_TIMES, _by_habit, _sessions
 
 SMALL = Path(__file__).parent / "data" / "small.swf"
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
@@ -206,7 +221,7 @@ def test_what_is_written_reads_back_the_same(tmp_path, seed, count, suffix):
     path = tmp_path / f"export{suffix}"
     write_swf(path, jobs, Cluster(np.array([[64.0, 512.0], [8.0, 64.0]]), np.ones(2), ("cpu", "memory")))
     swf = read_swf(path)
-    again, cluster, skipped = workloads.jobs_from_swf(swf)
+    again, cluster, skipped = jobs_from_swf(swf)
     assert same(again, replace(jobs, demand=jobs.demand[:, :1])) and not skipped
     assert (cluster.capacity.tolist(), swf.max_nodes) == ([[72]], 2)
     # KB per processor, as the standard has it
@@ -399,7 +414,7 @@ def test_an_impossible_cluster_is_refused(capacity, speed, resources, message):
 
 
 def test_lublin_sizes_and_run_times_follow_the_published_distributions():
-    jobs = workloads.lublin_jobs(np.random.default_rng(1), 100_000, max_procs=256)
+    jobs = lublin_jobs(np.random.default_rng(1), 100_000, max_procs=256)
     size, log_run = jobs.demand[:, 0], np.log(jobs.run_time)
     assert size.max() == 256 and (size >= 1).all()
     assert np.mean(size == 1) == pytest.approx(0.2927, abs=0.005)
@@ -415,14 +430,14 @@ def test_lublin_sizes_and_run_times_follow_the_published_distributions():
 
 def test_lublin_work_is_integrated_correctly():
     rng = np.random.default_rng(2)
-    size = workloads._lublin_sizes(rng, 1_000_000, 256)
-    run_time = np.exp(workloads._truncated_gamma(rng, *workloads._mixture(rng, size), workloads.LOG_RUN_LIMIT))
-    assert workloads._lublin_mean_work(256) == pytest.approx((size * run_time).mean(), rel=0.015)
+    size = _lublin_sizes(rng, 1_000_000, 256)
+    run_time = np.exp(_truncated_gamma(rng, *_mixture(rng, size), LOG_RUN_LIMIT))
+    assert _lublin_mean_work(256) == pytest.approx((size * run_time).mean(), rel=0.015)
 
 
 def test_the_daily_clock_spends_points_like_lublin99():
     """The published algorithm, one bucket at a time: a job's points pay for half hours until they do not suffice."""
-    weights, gaps = workloads._daily_weights(), np.random.default_rng(3).lognormal(5, 2, 500)
+    weights, gaps = _daily_weights(), np.random.default_rng(3).lognormal(5, 2, 500)
     bucket, points, passed, expected = 0, 0.0, 0.0, []
     for gap in gaps:
         points += gap / 1800
@@ -430,24 +445,22 @@ def test_the_daily_clock_spends_points_like_lublin99():
             points -= weights[bucket % 48]
             bucket, passed = bucket + 1, passed + 1800
         expected.append(passed + 1800 * points / weights[bucket % 48])
-    assert np.allclose(workloads._daily_clock(np.cumsum(gaps)), expected)
+    assert np.allclose(daily_clock(np.cumsum(gaps)), expected)
 
 
 def test_arrivals_follow_the_hours_of_the_day():
-    weights = workloads._daily_weights()
+    weights = _daily_weights()
     # The gamma density peaks at (6.1271 - 1) * 5.2740 = 27.04 half hours, counted from 1; the day turns at the 11th.
     assert (weights.sum(), weights.argmax(), weights.argmin()) == (pytest.approx(48), 26, 9)
-    times = workloads.lublin_jobs(np.random.default_rng(4), 200_000).submit_time
+    times = lublin_jobs(np.random.default_rng(4), 200_000).submit_time
     counts = np.bincount((times % 86_400 // 1_800).astype(int), minlength=48)
     assert np.corrcoef(counts, weights)[0, 1] > 0.97
 
 
 @pytest.mark.parametrize("load", [0.6, 0.9])
 def test_lublin_load_is_exact_in_expectation_and_varies_between_runs(load):
-    cluster = workloads.hpc().cluster
-    loads = [
-        offered_load(workloads.lublin_jobs(np.random.default_rng(run), 5_000, load=load), cluster) for run in range(80)
-    ]
+    cluster = hpc().cluster
+    loads = [offered_load(lublin_jobs(np.random.default_rng(run), 5_000, load=load), cluster) for run in range(80)]
     assert np.mean(loads) == pytest.approx(load, rel=0.04)
     assert 0.04 < np.std(loads) / load < 0.2
 
@@ -455,17 +468,17 @@ def test_lublin_load_is_exact_in_expectation_and_varies_between_runs(load):
 # --- generated workloads ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", workloads.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_presets_load_the_cluster_but_do_not_swamp_it(name, seed):
-    for split, (runs, run_jobs) in workloads.RUNS.items():
+    for split, (runs, run_jobs) in presets_module.RUNS.items():
         workload = load_workload(name, split, seed=seed)
         assert workload.segments.tolist() == [[i * run_jobs, (i + 1) * run_jobs] for i in range(runs)]
         loads = [offered_load(workload.jobs[a:b], workload.cluster) for a, b in workload.segments]
         assert 0.7 < np.mean(loads) < 1.1
 
 
-@pytest.mark.parametrize("name", workloads.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_preset_jobs_are_sound(name):
     workload = load_workload(name, runs=3, run_jobs=2_000)
     jobs, cluster = workload.jobs, workload.cluster
@@ -473,7 +486,7 @@ def test_preset_jobs_are_sound(name):
     assert (jobs.demand == np.round(jobs.demand)).all() and (jobs.demand.sum(axis=1) > 0).all()
     assert (jobs.run_time >= 1).all() and (jobs.requested_time >= 1).all()
     assert 0.95 < np.mean(jobs.requested_time >= jobs.run_time) < 1
-    assert np.isin(jobs.requested_time, workloads.TYPED_TIMES).all()
+    assert np.isin(jobs.requested_time, TYPED_TIMES).all()
     assert jobs.job_id.tolist() == list(range(1, 6_001))
     for a, b in workload.segments:
         assert (np.diff(jobs.submit_time[a:b]) >= 0).all() and jobs.submit_time[a] >= 0
@@ -486,7 +499,7 @@ def test_preset_jobs_are_sound(name):
     assert dtypes == {name: whole.get(name, np.float64) for name in dtypes}
 
 
-@pytest.mark.parametrize("name", workloads.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_the_same_seed_gives_the_same_jobs_and_splits_share_none(name):
     first = load_workload(name, runs=2, run_jobs=500)
     assert same(first.jobs, load_workload(name, runs=2, run_jobs=500).jobs)
@@ -503,10 +516,10 @@ def test_all_of_a_preset_is_its_three_splits():
     everything = load_workload("cloud", "all", runs=2, run_jobs=100)
     parts = [load_workload("cloud", split, runs=2, run_jobs=100) for split in ("train", "validation", "test")]
     assert np.array_equal(everything.jobs.submit_time, np.concatenate([part.jobs.submit_time for part in parts]))
-    assert len(everything.segments) == 6 and len(np.unique(everything.jobs.user // workloads.NUM_USERS)) == 6
+    assert len(everything.segments) == 6 and len(np.unique(everything.jobs.user // NUM_USERS)) == 6
 
 
-@pytest.mark.parametrize("name", workloads.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_users_have_habits(name):
     jobs = load_workload(name, "validation", runs=1).jobs
     log_run = np.log(jobs.run_time)
@@ -515,12 +528,12 @@ def test_users_have_habits(name):
     assert np.mean((log_run - typical[kind]) ** 2) < 0.35 * log_run.var()
     # Consecutive jobs often come from one session; were they independent, about one in forty would match.
     assert np.mean(jobs.executable[1:] == jobs.executable[:-1]) > 0.25
-    assert np.bincount(jobs.user % workloads.NUM_USERS).max() > 0.1 * len(jobs)
+    assert np.bincount(jobs.user % NUM_USERS).max() > 0.1 * len(jobs)
 
 
 def test_habits_only_hand_out_the_draws():
     rng = np.random.default_rng(5)
-    draw = workloads._by_habit(rng, workloads._sessions(rng, 1_000), rng.integers(1, 9, 1_000), rng.random(1_000))
+    draw = _by_habit(rng, _sessions(rng, 1_000), rng.integers(1, 9, 1_000), rng.random(1_000))
     assert sorted(draw.tolist()) == list(range(1_000))
 
 
@@ -534,8 +547,8 @@ def test_habits_only_hand_out_the_draws():
 @settings(max_examples=60)
 def test_jobs_for_any_cluster_fit_it(seed, count, nodes, resources, arrivals):
     rng = np.random.default_rng(seed)
-    cluster = workloads.generate_cluster(rng, nodes, ("cpu", "memory", "gpu")[:resources])
-    jobs = workloads.generate_jobs(rng, count, cluster, arrivals=arrivals)
+    cluster = generate_cluster(rng, nodes, ("cpu", "memory", "gpu")[:resources])
+    jobs = generate_jobs(rng, count, cluster, arrivals=arrivals)
     assert cluster.capacity.shape == (nodes, resources) and jobs.demand.shape == (count, resources)
     assert (jobs.demand[:, None] <= cluster.capacity).all(axis=2).any(axis=1).all() and (jobs.demand >= 1).all()
     assert (np.diff(jobs.submit_time) >= 0).all() and (jobs.run_time >= 1).all()
@@ -544,8 +557,8 @@ def test_jobs_for_any_cluster_fit_it(seed, count, nodes, resources, arrivals):
 @pytest.mark.parametrize("arrivals", ["poisson", "bursty", "daily"])
 def test_generated_load_is_exact_in_expectation(arrivals):
     # Each run lasts some weeks, so that a part of a day at its end does not matter.
-    cluster, long = workloads.cloud().cluster, (6_000.0, 1.2, workloads.DAY)
-    make = partial(workloads.generate_jobs, num_jobs=10_000, cluster=cluster, run_time=long, arrivals=arrivals)
+    cluster, long = cloud().cluster, (6_000.0, 1.2, DAY)
+    make = partial(generate_jobs, num_jobs=10_000, cluster=cluster, run_time=long, arrivals=arrivals)
     loads = [offered_load(make(np.random.default_rng(run)), cluster) for run in range(40)]
     assert np.mean(loads) == pytest.approx(0.85, rel=0.03)
 
@@ -554,17 +567,17 @@ def test_bursts_are_bursty():
     """The arrivals of 100 mean gaps vary far more than the Poisson process's 100."""
     rng = np.random.default_rng(6)
     for kind, low, high in (("poisson", 0.8, 1.2), ("bursty", 10, 100)):
-        counts = np.bincount((workloads._arrivals(rng, 100_000, kind, 1.0) // 100).astype(int))[:-1]
+        counts = np.bincount((_arrivals(rng, 100_000, kind, 1.0) // 100).astype(int))[:-1]
         assert low < counts.var() / counts.mean() < high
 
 
 def test_a_flavour_that_fits_no_node_is_refused():
     with pytest.raises(WorkloadError, match="larger than any node"):
-        workloads.generate_jobs(np.random.default_rng(0), 5, workloads.cloud().cluster, flavours=[[64, 300]])
+        generate_jobs(np.random.default_rng(0), 5, cloud().cluster, flavours=[[64, 300]])
 
 
 def test_training_jobs_are_made_quickly():
-    for name in workloads.PRESETS:
+    for name in PRESETS:
         started = time.perf_counter()
         assert len(load_workload(name).jobs) == 160_000
         assert time.perf_counter() - started < 1.5

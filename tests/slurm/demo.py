@@ -29,9 +29,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+from deployment.slurm import API, pool  # noqa: E402
 from policies import load_policy  # noqa: E402
-from slurm_agent import API, pool  # noqa: E402
-from workloads import Jobs, Workload, generate_jobs, write_swf  # noqa: E402
+from workloads.generated import generate_jobs  # noqa: E402
+from workloads.jobs import Jobs, Workload  # noqa: E402
+from workloads.swf import write_swf  # noqa: E402
 
 PROCESSORS, SIZES, WEIGHTS = 16, [[1], [2], [4], [8]], [40, 30, 20, 10]
 LOAD = 2.0  # more work arrives than the cluster can do, its overhead included, until the last job is submitted

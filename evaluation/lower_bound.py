@@ -18,8 +18,8 @@ N counts jobs, C kinds of nodes, R resources, K equal parts of the time. Times a
 import numba
 import numpy as np
 
-from scheduler_env import SLOWDOWN_BOUND
-from workloads import Cluster, Jobs
+from simulator.kernels import SLOWDOWN_BOUND
+from workloads.jobs import Cluster, Jobs
 
 MOST_PARTS, PARTS_PER_JOB = 2_000, 4
 STEP, MOMENTUM, SCALE_MEMORY = 0.3, 0.9, 0.98  # of the ascent, which is Adam's (Kingma & Ba 2015)

@@ -17,15 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
-
-os.environ.setdefault("MPLBACKEND", "agg")
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -38,11 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import dqn_scheduler
 import ppo_scheduler
 from policies import load_policy
-from scheduler_env import SchedulerVectorEnv, simulate
-from workloads import Cluster, Workload, generate_jobs, load_workload, scale_load
-
-if TYPE_CHECKING:
-    from benchmark import Speed
+from scheduler_env import SchedulerVectorEnv
+from simulator.replay import simulate
+from workloads.generated import generate_jobs
+from workloads.jobs import Cluster, Workload, scale_load
+from workloads.load import load_workload
 
 ID = "ResourceRL/Scheduler-v0"
 RULES = ("easy-fifo", "easy-sjf", "easy-wfp3+sjf")
@@ -119,7 +117,6 @@ def first_jobs(workload: Workload, most: int) -> Workload:
     return replace(workload, jobs=workload.jobs[first:last], segments=np.array([[0, last - first]]))
 
 
-# -------------------------------------------------------------------------------------- the simulator, environments
 def simulator(args: Speed, workload: Workload) -> dict[str, Any]:
     """Replays of the whole workload, everything that `simulate` does included."""
 
@@ -198,7 +195,6 @@ def memory(workload: Workload) -> dict[str, Any]:
     return {"memory_256_environments_mb": found[str(ENVIRONMENTS[-2])], "memory_mb_by_environments": found}
 
 
-# ---------------------------------------------------------------------------------------------------- the learners
 @contextmanager
 def timed(owner: Any, attribute: str, seconds: list[float]) -> Iterator[None]:
     """Append how long each call of owner.attribute takes."""
@@ -336,7 +332,6 @@ def stable_baselines3(args: Speed, few: Workload) -> dict[str, Any]:
     return results
 
 
-# ------------------------------------------------------------------------------------------------ what grows with what
 def growth(args: Speed) -> dict[str, Any]:
     """Microseconds a decision on one thread, with 16 environments and random actions, by reward: what has to be rolled
     out (improvement), or not (cost)."""
@@ -386,7 +381,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------- ratios and the table
 RATIOS = {  # key: of what, to what
     "simulator_2_threads_over_1": ("simulator_decisions_per_second_2_threads", "simulator_decisions_per_second"),
     "vector_env_over_gymnasium_sync": ("vector_env_steps_per_second_beside_sync", "gymnasium_sync_steps_per_second"),
@@ -425,3 +419,23 @@ def flat(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
             yield from flat(value, f"{prefix}{key} ")
         else:
             yield prefix + key, value
+
+
+@dataclass
+class Speed:
+    """Measure how fast the simulator, the environments and the learners are on this machine."""
+
+    workload: str = "hpc"
+    """a preset or the path of an SWF trace"""
+    repetitions: int = 5
+    """the median of so many counts"""
+    seconds: float = 1.0
+    """how long a count goes on at least; a learner's is one whole run, or, below 1, that part of one"""
+    num_envs: int = 512
+    """environments of the learners, Stable-Baselines3's too"""
+    num_steps: int = 32
+    """decisions in each of them before an update of PPO, Stable-Baselines3's too"""
+    cuda: bool = False
+    """the learners' networks on a GPU"""
+    output: Path | None = None
+    """where to write the figures as JSON; the plots go beside it"""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import os
 import secrets
 import signal
 import subprocess
@@ -23,12 +22,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
-
-os.environ.setdefault("MPLBACKEND", "agg")
+from typing import IO, Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 import optuna
+import tyro
 import yaml
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import NopPruner, SuccessiveHalvingPruner
@@ -42,10 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-if TYPE_CHECKING:
-    from benchmark import Sweep
-
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 POLL = 0.5  # seconds between two looks at the runs
 
 
@@ -316,3 +311,21 @@ def table_of(results: dict[str, Any]) -> Table:
     for trial in results["trials"][:10]:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.values()))
     return table
+
+
+@dataclass
+class Sweep:
+    """Search hyper-parameters on this machine, as a W&B sweep's file describes it."""
+
+    file: tyro.conf.Positional[Path]
+    """the description: sweeps/ppo.yaml, sweeps/dqn.yaml or one of your own"""
+    trials: int = 20
+    """how many trials the study has in the end, those of earlier calls included"""
+    workers: int = 1
+    """how many run at a time"""
+    journal: Path | None = None
+    """the study; a further call with the same one goes on (default: runs/sweep-NAME.journal)"""
+    seed: int = 1
+    """of the sampler"""
+    output: Path | None = None
+    """where to write the trials as JSON"""

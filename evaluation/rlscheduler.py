@@ -8,21 +8,22 @@ Each row is the mean over ten sequences of 1,024 jobs, each from an empty machin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from rich.table import Table
 
+from evaluation.replays import replaying
 from policies import OnnxPolicy, Policy, load_policy
-from scheduler_env import BLOCKING, STATIC, UNICEP_RLSCHEDULER, Rule, Schedule, parse_rule, simulate
-from workloads import Cluster, Jobs, Workload, WorkloadError, read_swf
-
-if TYPE_CHECKING:
-    from benchmark import RLScheduler
+from simulator.kernels import BLOCKING, STATIC, UNICEP_RLSCHEDULER
+from simulator.replay import simulate
+from simulator.rules import Rule, parse_rule
+from simulator.schedule import Schedule
+from workloads.jobs import Cluster, Jobs, Workload, WorkloadError
+from workloads.swf import read_swf
 
 # What its queue orders are called here. In its code the job that was chosen first holds the queue: `lock_in`.
 LOCK_IN_RULES = {
@@ -89,12 +90,9 @@ def utilization_until_last_start(schedule: Schedule) -> float:
     return float(work / schedule.cluster.capacity.sum() / (schedule.start_time.max() - schedule.jobs.submit_time[0]))
 
 
-def published(args: RLScheduler, each: Callable[[list[str]], Iterable[str]]) -> tuple[dict[str, Any], Table]:
+def published(args: RLScheduler) -> tuple[dict[str, Any], Table]:
     """What we get for every published number of a rule, and what our policies get beside RLScheduler's trained network,
     which we do not have.
-
-    Args:
-        each: wraps the names of the traces, to show how far it is.
 
     Raises:
         ValueError, WorkloadError, PolicyError: a file cannot be read, or is not what it should be.
@@ -102,7 +100,7 @@ def published(args: RLScheduler, each: Callable[[list[str]], Iterable[str]]) -> 
     reference = read_reference(args.reference)
     policies = [policy for name in args.policies for policy in as_replayed(load_policy(name))]
     rows = []
-    for name in each(list(reference["traces"])):
+    for name in replaying(reference["traces"], len(reference["traces"])):
         workload = sequences(args.traces, name, reference["traces"][name])
         for backfill in (False, True):
             for rule in reference["published"]["order"]:
@@ -202,3 +200,18 @@ def published_table(rows: list[dict[str, Any]]) -> Table:
                 cells.append(f"{ours / theirs - 1:+.1%}")
         table.add_row(*cells)
     return table
+
+
+@dataclass
+class RLScheduler:
+    """Replay the protocol of RLScheduler (Zhang et al., SC'20) beside what it publishes."""
+
+    traces: Path
+    """the folder with the traces"""
+    reference: Path
+    """rlscheduler.json: the published figures, and which jobs they are of"""
+    policies: tuple[str, ...] = ()
+    """trained policies (policy.onnx or a run's folder) to replay as well: one that was trained with --lock-in beside
+    the published RL, without backfilling and with it; another, or a rule, beside the best rule without lock-in"""
+    output: Path | None = None
+    """where to write the rows as JSON"""

@@ -1,0 +1,1 @@
+"""The work behind `serve.py` and `slurm_agent.py`."""

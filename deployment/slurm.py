@@ -1,0 +1,248 @@
+"""Slurm's REST interface (slurmrestd on a unix socket), and its jobs in our terms."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from simulator.moment import ClusterState
+from workloads.jobs import Cluster, Jobs
+
+API = "/slurm/v0.0.38"
+FOREVER = 30 * 86_400.0  # seconds, in place of a time limit that is not there
+
+
+class SlurmError(Exception):
+    """Slurm, or slurmrestd, did not answer, or not in the way that is known."""
+
+
+class Refused(Exception):
+    """Slurm answered and will not change this job: it has started, ended, or been held in the meantime."""
+
+
+class Slurm:
+    """The few requests that are needed, over slurmrestd's unix socket."""
+
+    def __init__(self, socket: Path) -> None:
+        transport = httpx.HTTPTransport(uds=str(socket))
+        self.client = httpx.Client(transport=transport, base_url=f"http://slurm{API}", timeout=30.0)
+        self.seconds = 0.0  # spent waiting for answers
+
+    def jobs(self, since: float = 0.0) -> list[dict[str, Any]] | None:
+        """All jobs that slurmctld knows, or None if nothing has changed since then."""
+        return self._list("jobs", since)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self._list("nodes", 0.0) or []
+
+    def update(self, job_id: int, **properties: int) -> None:
+        """Change a pending job (an array's id: all its pending tasks).
+
+        Raises:
+            Refused: Slurm does not change this one.
+            SlurmError: no answer.
+        """
+        answer = self._answer("POST", f"/job/{job_id}", json=properties)
+        # Arrays are updated and come back with an error without a number.
+        errors = [error for error in answer["errors"] if error.get("error_number")]
+        if errors:
+            raise Refused(f"{errors[0].get('error')} ({errors[0]['error_number']})")
+
+    def _list(self, what: str, since: float) -> list[dict[str, Any]] | None:
+        answer = self._answer("GET", f"/{what}", params={"update_time": int(since)} if since else {})
+        if answer is None:
+            return None
+        if answer["errors"] or not isinstance(answer.get(what), list):
+            raise SlurmError(f"GET {what}: {_first_error(answer)}")
+        return answer[what]
+
+    def _answer(self, method: str, path: str, **arguments: Any) -> Any:
+        """The JSON of an answer, its `errors` a list of objects; None for a listing that is "not modified"."""
+        try:
+            began = time.perf_counter()
+            response = self.client.request(method, path, **arguments)
+            self.seconds += time.perf_counter() - began
+            if response.status_code == 304 and method == "GET":
+                return None
+            answer = json.loads(response.content.decode(errors="replace"))  # jobs' names are any bytes
+        except (httpx.HTTPError, ValueError) as error:  # ValueError: no JSON, as from a slurmrestd that is going down
+            raise SlurmError(f"{method} {path}: {type(error).__name__} {error}") from None
+        errors = (answer.get("errors") or []) if isinstance(answer, dict) else None
+        if not isinstance(errors, list) or not all(isinstance(error, dict) for error in errors):
+            raise SlurmError(f"{method} {path}: HTTP {response.status_code}, an answer of another form: {answer!r:.80}")
+        answer["errors"] = errors
+        # A job that is refused is a 500 like a slurmctld that does not answer: only its errors tell them apart.
+        if response.status_code != 200 and not (method == "POST" and _is_refusal(answer)):
+            raise SlurmError(f"{method} {path}: HTTP {response.status_code}, {_first_error(answer)}")
+        return answer
+
+
+def _first_error(answer: dict[str, Any]) -> str:
+    first = (answer["errors"] or [{}])[0]
+    told = [str(first[key]) for key in ("description", "error") if first.get(key)]
+    return ": ".join(told) or "an answer of another form"
+
+
+def _is_refusal(answer: dict[str, Any]) -> bool:
+    """Slurm's own errors about a job have numbers from 2000 on (slurm_errno.h); those of communication lie below."""
+    return any(error.get("error_number") in range(2000, 5000) for error in answer["errors"])
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job (or a job array's tasks that are still together), pending, running or finished."""
+
+    job_id: int
+    state: str
+    user: str
+    account: str
+    name: str
+    partition: str
+    eligible: float  # since when it could have started: the later of its submission and the end of what it depended on
+    start: float  # 0 where it has not
+    end: float
+    limit: float  # its time limit
+    cpus: int
+    priority: int = 0
+    nice: int = 0
+    left_alone: str = ""  # why a pending job is not ordered, "" if it is
+
+    @property
+    def wait(self) -> float:
+        return self.start - self.eligible
+
+    @property
+    def has_ended(self) -> bool:
+        """Not all that are FINISHED: the end of a job that its node has lost may be unknown."""
+        return self.state in FINISHED and self.end > 0
+
+    @property
+    def ran(self) -> bool:
+        """Whether it has run to some end; jobs that are cancelled while they wait get equal start and end."""
+        return self.has_ended and self.start > 0 and (self.end > self.start or self.state != "CANCELLED")
+
+    @property
+    def key(self) -> tuple[int, float]:
+        """A job that is requeued runs several times under one id."""
+        return self.job_id, self.start
+
+
+# CONFIGURING: it has its processors, and waits for their nodes to wake up.
+RUNNING, PENDING = ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"), ("PENDING",)
+FINISHED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+)  # fmt: skip
+
+
+def job_from_rest(record: dict[str, Any]) -> SlurmJob:
+    """From an element of `jobs` in an answer of slurmrestd or of `squeue --json`."""
+    minutes, state = record.get("time_limit"), record["job_state"]
+    # Of pending jobs Slurm gives a start that it expects, of running ones an end.
+    return SlurmJob(
+        job_id=record["job_id"],
+        state=state,
+        user=record.get("user_name") or str(record.get("user_id", "")),
+        account=record.get("account") or "",
+        name=record.get("name") or "",
+        partition=record.get("partition") or "",
+        eligible=float(max(record["submit_time"], record.get("eligible_time") or 0)),
+        start=0.0 if state in PENDING else float(record.get("start_time") or 0),
+        end=float(record.get("end_time") or 0) if state in FINISHED else 0.0,
+        limit=60.0 * minutes if minutes else FOREVER,
+        cpus=int(record.get("cpus") or 1),
+        priority=int(record.get("priority") or 0),
+        nice=int(record.get("nice") or 0),
+        left_alone=_left_alone(record) if state in PENDING else "",
+    )
+
+
+def _left_alone(record: dict[str, Any]) -> str:
+    reason = record.get("state_reason") or ""
+    if record.get("priority") == 0:
+        return "held"
+    if "unfulfilled" in (record.get("dependency") or "") or reason.startswith("Dependency"):
+        return "dependency"
+    return "begin time" if reason == "BeginTime" else ""
+
+
+def processors_in_use(nodes: Iterable[dict[str, Any]], partition: str | None) -> int:
+    """CPUs of the nodes that take jobs, and those still taken on nodes that do not any more.
+
+    Raises:
+        SlurmError: a node is not as expected.
+    """
+    try:
+        return sum(
+            _processors_of(node) for node in nodes if partition is None or partition in node.get("partitions", ())
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SlurmError(f"GET nodes: a node that is not as expected ({error!r})") from None
+
+
+def _processors_of(node: dict[str, Any]) -> int:
+    flags = {flag.lower() for flag in node.get("state_flags", ())}
+    if flags & {"powered_down", "powering_down", "powering_up"}:  # to save power: Slurm wakes it up for jobs
+        flags.discard("not_responding")
+    works = node.get("state") in ("idle", "mixed", "allocated") and not flags & {
+        "drain", "fail", "not_responding", "maintenance", "reserved", "reboot_requested",
+    }  # fmt: skip
+    return int(node.get("cpus" if works else "alloc_cpus") or 0)
+
+
+def jobs_of(records: Sequence[SlurmJob], origin: float = 0.0) -> Jobs:
+    """The jobs as workloads.py has them, times from `origin` on; what has not ended has its time limit as its run time.
+
+    A job is submitted when it becomes eligible; its executable is known by the job's name.
+    """
+
+    def numbered(values: list[str]) -> np.ndarray:
+        return np.unique(np.array(values, dtype=str), return_inverse=True)[1].astype(np.int32)
+
+    def column(value: Callable[[SlurmJob], float]) -> np.ndarray:
+        return np.array([value(job) for job in records], float)
+
+    return Jobs(
+        submit_time=column(lambda job: job.eligible) - origin,
+        run_time=column(lambda job: max(job.end - job.start, 1.0) if job.state in FINISHED else job.limit),
+        requested_time=column(lambda job: job.limit),
+        demand=column(lambda job: job.cpus)[:, None],
+        user=numbered([job.user for job in records]),
+        group=numbered([job.account for job in records]),
+        executable=numbered([job.name for job in records]),
+        queue=numbered([job.partition for job in records]),
+        wait_time=column(lambda job: max(job.wait, 0.0) if job.start else 0.0),
+        job_id=np.array([job.job_id for job in records], np.int64),
+    )
+
+
+def pool(processors: int) -> Cluster:
+    return Cluster(np.array([[float(processors)]]), np.ones(1), ("processors",))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is known of the cluster at one moment."""
+
+    now: float
+    processors: int
+    pending: list[SlurmJob]  # those that are ordered
+    running: list[SlurmJob]
+    finished: list[SlurmJob]  # by the time of their end
+
+    def state(self) -> ClusterState:
+        """As policies see it: one node that holds all processors. Times start at the eldest job's."""
+        records = self.pending + self.running + self.finished
+        jobs = jobs_of(records, origin := min((job.eligible for job in records), default=self.now))
+        queued, running, finished = np.split(np.arange(len(jobs)), np.cumsum([len(self.pending), len(self.running)]))
+        start = np.array([job.start - origin for job in self.running])
+        node = np.zeros(len(running), np.int64)
+        return ClusterState(
+            self.now - origin, pool(self.processors), jobs[queued], jobs[running], start, node, jobs[finished]
+        )

@@ -1,0 +1,115 @@
+"""`benchmark.py compare`: the same held-out jobs under every policy, and what results.json says of them.
+
+All policies get the same jobs and are compared in the same blocks of consecutive jobs, so that what is hard about a
+block cancels in the differences. Times are seconds; N counts jobs, B blocks.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from rich.table import Table
+
+from evaluation.figures import BASELINES, write_report
+from evaluation.held_out import Compare, cuts, held_out, other_scenarios
+from evaluation.replays import Replays, Scenario, replay_all
+from evaluation.statistics import statistics, tail
+from policies import Policy, PolicyError, load_policy
+from simulator.rules import RULES
+
+
+def compare(args: Compare) -> tuple[dict[str, Any], Table]:
+    """Replay the same jobs under every policy. Returns what results.json holds, and its table."""
+    headline = Scenario(args.protocol, args.load)
+    workloads = {headline: held_out(args)}
+    policies, left_out = named_policies(args.policies)  # all of them are read before the first one runs
+    if args.report:
+        check_folder(args.report)
+        workloads |= other_scenarios(args, headline)
+        policies |= {rule: load_policy(rule) for rule in BASELINES if rule not in policies}
+    workloads[headline].report()
+    replays = {scenario: Replays(workload, cuts(args, scenario, workload)) for scenario, workload in workloads.items()}
+    for scenario, name, found in replay_all(workloads, policies, args.report and args.report / "replays", args.workers):
+        if isinstance(found, str):
+            left_out.append(found)
+            policies.pop(name, None)
+        elif name in policies:
+            replays[scenario].add(name, *found)
+    if not policies or set(policies) <= set(BASELINES) - set(args.policies):
+        raise ValueError(left_out[0])
+    for found in replays.values():
+        found.keep(policies)
+    counted = replays[headline]
+    results = {
+        "workload": args.workload, "protocol": args.protocol, "split": args.split, "load": args.load,
+        "jobs": int((counted.workload.segments[:, 1] - counted.workload.segments[:, 0]).sum()),
+        "counted_jobs": counted.counted_jobs,
+        **statistics(counted.per_block, args.seed), "tails": {name: tail(counted.waits(name)) for name in policies},
+        "left_out": list(dict.fromkeys(left_out)),
+    }  # fmt: skip
+    if args.report:
+        write_report(args, results, replays, policies)
+    return results, comparison_table(results)
+
+
+def named_policies(names: Sequence[str]) -> tuple[dict[str, Policy], list[str]]:
+    """The policies under the names that results use, and what is wrong with those that are there but cannot be used;
+    an argument given twice counts once.
+
+    Raises:
+        ValueError: no policy can be used, or a name is of no rule, file or folder.
+    """
+    arguments = dict.fromkeys(rule for name in names for rule in (RULES if name == "all" else [name]))
+    if not arguments:
+        raise ValueError("--policies: none given; name some, such as: fifo easy-fifo")
+    policies, left_out = {}, []
+    for argument in arguments:
+        try:
+            policies[argument] = load_policy(argument)
+        except PolicyError as error:
+            if not Path(argument).exists() or len(arguments) == 1:  # a slip of the pen stops before anything is run
+                raise
+            left_out.append(str(error))
+    own = [policy.name for policy in policies.values()]
+    return {p.name if own.count(p.name) == 1 else argument: p for argument, p in policies.items()}, left_out
+
+
+def check_folder(folder: Path) -> None:
+    """Make it, if need be, and see that it can be written to, before anything is run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--report {folder}: {error.strerror}; give a folder that can be written to") from None
+
+
+def comparison_table(results: dict[str, Any]) -> Table:
+    """A row a policy: each mean with its interval, and the difference to the first policy with its own."""
+    workload, split, protocol = (results[key] for key in ("workload", "split", "protocol"))
+    first = next(iter(results["policies"]))
+    blocks = len(results["policies"][first]["wait"]["per_block"])
+    caption = f"95 % bootstrap intervals over {blocks} blocks" if blocks > 1 else "One block, so no intervals"
+    caption += "; every window starts on an empty machine" if protocol == "windows" else ""
+    table = Table(title=f"{workload}, {split} split, {protocol}, {results['counted_jobs']:,} jobs", caption=caption)
+    table.add_column("policy", overflow="fold", max_width=22)  # the longest rule's name; those of runs fold
+    for heading in ("latency", "wait", "bounded\nslowdown", "utili-\nzation", "makespan", "wait p99\nand max"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, metrics in results["policies"].items():
+        cells = []
+        for metric, figure in metrics.items():
+            form = {"bounded_slowdown": ",.2f", "utilization": ",.4f"}.get(metric, ",.0f")
+            cells.append(with_interval(figure, form))
+            if name != first:
+                cells[-1] += "\n" + with_interval(results["differences"][name][metric], "+.1f", "%")
+        table.add_row(name, *cells, "\n".join(f"{tail:,.0f}" for tail in results["tails"][name].values()))
+        table.add_section()
+    return table
+
+
+def with_interval(figure: dict[str, Any], form: str, unit: str = "") -> str:
+    """A mean and, below it, its interval, as text."""
+    if figure["mean"] is None:
+        return "-"
+    low, high = figure["ci95"]
+    return f"{figure['mean']:{form}}{unit}" + ("" if low is None else f"\n{low:{form}} … {high:{form}}")

@@ -1,0 +1,1 @@
+"""The cluster: an exact event-driven simulator and the classical priority rules."""

@@ -1,0 +1,1 @@
+"""What learners share: everything about a run that is no algorithm."""
