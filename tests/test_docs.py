@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import test_dqn
-import test_ppo
+import test_dqn_scheduler as test_dqn
+import test_ppo_scheduler as test_ppo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from docs.lines import with_lines

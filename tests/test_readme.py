@@ -49,14 +49,14 @@ COMMANDS = {
     "python benchmark.py compare": "--runs 1 --max-jobs 300",
     "python benchmark.py rlscheduler": "",
     "python benchmark.py speed": "--repetitions 1 --seconds 0.01 --num-envs 8 --num-steps 32 " + SMALL,
-    "python benchmark.py sweep": "--trials 0 || test $? = 2",  # reads the file; tests/test_sweep.py runs trials
-    "wandb sweep": "--help",  # these two want an account; tests/test_sweep.py does what they do
+    "python benchmark.py sweep": "--trials 0 || test $? = 2",  # reads the file; tests/evaluation/test_sweep.py runs trials
+    "wandb sweep": "--help",  # these two want an account; tests/evaluation/test_sweep.py does what they do
     "wandb agent": "--help",
     "wandb sync": "--help",
     # It would serve for ever: started, asked for the state that docs/deploy.md shows, and told to end.
     "python serve.py": "--port 0 & sleep 6; kill $!; wait $!; test $? = 143",
     "curl": "--fail --retry 30 --retry-delay 1 --retry-connrefused",
-    # Likewise; without a Slurm it tries again. tests/test_slurm_agent.py has one.
+    # Likewise; without a Slurm it tries again. tests/deployment/test_slurm_agent.py has one.
     "python slurm_agent.py --policy": "--socket nowhere.sock & sleep 10; kill $!; wait $!",
     "python slurm_agent.py export": "",
     "python tests/load.py": "--seconds 0.1 --jobs 8 --nodes 2",

@@ -39,7 +39,7 @@ from simulator.schedule import Schedule
 from workloads.jobs import Cluster, Workload
 from workloads.load import load_workload
 
-SMALL = str(Path(__file__).parent / "data" / "small.swf")
+SMALL = str(Path(__file__).parents[1] / "data" / "small.swf")
 COMPARED = ("latency", "wait", "slowdown")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -16,7 +16,7 @@ from evaluation import speed
 from evaluation.speed import PARTS, RATIOS, Speed, first_jobs, flat, ratios, stable_baselines3
 from workloads.load import load_workload
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "data" / "small.swf")
 
 

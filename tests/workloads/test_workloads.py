@@ -32,8 +32,8 @@ from workloads.presets import PRESETS, cloud, hpc
 from workloads.swf import jobs_from_swf, read_swf, write_swf
 from workloads.users import NUM_USERS, TYPED_TIMES, _by_habit, _sessions
 
-SMALL = Path(__file__).parent / "data" / "small.swf"
-TRACES = Path(__file__).parents[2] / "shared" / "traces"
+SMALL = Path(__file__).parents[1] / "data" / "small.swf"
+TRACES = Path(__file__).parents[3] / "shared" / "traces"
 needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason=f"the public traces are not in {TRACES}")
 
 # job, submit, wait, run, allocated | CPU, memory | requested procs, time, memory | status, user, group, executable, ...

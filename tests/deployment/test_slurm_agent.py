@@ -50,7 +50,7 @@ from workloads.generated import generate_jobs
 from workloads.jobs import Jobs, Workload, WorkloadError, offered_load
 from workloads.load import load_workload
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "tests" / "data" / "slurm_22_05.json").read_text())
 JOBS = {record["job_id"]: record for record in RECORDED["jobs"]["jobs"]}
 PENDING = next(record for record in JOBS.values() if record["job_state"] == "PENDING" and not record["dependency"])

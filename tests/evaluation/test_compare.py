@@ -22,8 +22,8 @@ from simulator.rules import RULES
 from workloads.files import write_json
 from workloads.load import load_workload
 
-SMALL = str(Path(__file__).parent / "data" / "small.swf")
-SHARED = Path(__file__).parents[2] / "shared"
+SMALL = str(Path(__file__).parents[1] / "data" / "small.swf")
+SHARED = Path(__file__).parents[3] / "shared"
 REFERENCE = SHARED / "reference" / "rlscheduler.json"
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=f"the published figures are not in {REFERENCE}")
 

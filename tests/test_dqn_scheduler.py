@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ppo import ROOT, run_folder, scalars
+from test_ppo_scheduler import ROOT, run_folder, scalars
 
 from dqn_scheduler import (
     NEVER,

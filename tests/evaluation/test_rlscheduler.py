@@ -15,7 +15,7 @@ from simulator.replay import simulate
 from simulator.schedule import Schedule
 from workloads.jobs import Workload
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 REFERENCE, TRACES = SHARED / "reference" / "rlscheduler.json", SHARED / "traces"
 pytestmark = pytest.mark.skipif(not (REFERENCE.is_file() and TRACES.is_dir()), reason=f"no reference in {SHARED}")
 

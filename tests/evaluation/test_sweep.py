@@ -22,11 +22,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from test_ppo import records
+from test_ppo_scheduler import records
 
 from evaluation.sweep import alone, finish, launch, read_description, suggest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 # Logs score = x - (y - 2)^2 / 100 + k / 1000 at "validations" k = 1 to 9, and can go on where it was interrupted.
 PROGRAM = """
