@@ -49,8 +49,8 @@ COMMANDS = {
     "python benchmark.py compare": "--runs 1 --max-jobs 300",
     "python benchmark.py rlscheduler": "",
     "python benchmark.py speed": "--repetitions 1 --seconds 0.01 --num-envs 8 --num-steps 32 " + SMALL,
-    "python benchmark.py sweep": "--trials 0 || test $? = 2",  # reads the file; tests/evaluation/test_sweep.py runs trials
-    "wandb sweep": "--help",  # these two want an account; tests/evaluation/test_sweep.py does what they do
+    "python benchmark.py sweep": "--trials 0 || test $? = 2",  # reads the file; test_sweep.py runs trials
+    "wandb sweep": "--help",  # these two want an account; test_sweep.py does what they do
     "wandb agent": "--help",
     "wandb sync": "--help",
     # It would serve for ever: started, asked for the state that docs/deploy.md shows, and told to end.
