@@ -1,4 +1,7 @@
-"""What the decision service has recorded (serve.py --record), as jobs."""
+"""What the decision service has recorded (serve.py --record), as jobs.
+
+A job is submitted, started and finished somewhere in a row of states: `_follow` goes through them.
+"""
 
 import os
 from collections import Counter
@@ -12,7 +15,9 @@ from msgspec import Meta
 
 from workloads.jobs import Cluster, Jobs, WorkloadError
 
-# What is read of a line: parts of serve.py's State and Answer.
+# What is read of a line: parts of the service's State and Answer (see deployment/contract.py). They are written down once
+# more, and looser, because imports only point downwards, and because a record outlives the service: what another
+# version has added or left out does not matter as long as these are there.
 Id = str | int
 Amounts = Annotated[list[Annotated[float, Meta(ge=0)]], Meta(min_length=1)]
 Duration = Annotated[float, Meta(gt=0)]
@@ -84,7 +89,7 @@ def read_decisions(path: str | os.PathLike[str]) -> tuple[Jobs, Cluster, dict[st
             has run from start to end.
     """
     path, skipped = Path(path), Counter[str]()
-    jobs: dict[Id, dict[str, Any]] = {}
+    jobs: dict[Id, dict[str, Any]] = {}  # the fields that states had of a job and, once known, its run_time and speed
     started: set[Id] = set()
     cluster: Cluster | None = None
     for where, record in _recorded(path, skipped):
@@ -177,11 +182,11 @@ def _recorded_jobs(
     """Those that have run, in arrays, on the last cluster."""
     ran = {key: job for key, job in found.items() if job.get("run_time", 0) > 0}
     skipped["not run to the end"] += len(found) - len(ran)
-    fits = {key: job for key, job in ran.items() if (np.array(job["demand"]) <= cluster.capacity).all(axis=1).any()}
+    fits = {key: job for key, job in ran.items() if cluster and _fits(job["demand"], cluster)}
     skipped["larger than any node"] += len(ran) - len(fits)
-    skipped = {reason: count for reason, count in skipped.items() if count}
-    if not fits:
-        why = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "it is empty"
+    reasons = {reason: count for reason, count in skipped.items() if count}
+    if cluster is None or not fits:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "it is empty"
         raise WorkloadError(f"{path}: no job in it has run from start to end ({why}); record with serve.py, for longer")
     for job in fits.values():
         job["start_time"] = job.get("start_time", job.get("submit_time"))
@@ -198,7 +203,12 @@ def _recorded_jobs(
         submit, run, requested, np.array([fits[key]["demand"] for key in keys], float), users, unknown, executables,
         unknown, start - submit, np.arange(1, len(keys) + 1),
     )  # fmt: skip
-    return jobs, cluster, skipped
+    return jobs, cluster, reasons
+
+
+def _fits(demand: list[float], cluster: Cluster) -> bool:
+    """Whether some node of the cluster is large enough."""
+    return bool((np.array(demand) <= cluster.capacity).all(axis=1).any())
 
 
 def _codes(names: Sequence[Any]) -> np.ndarray:
