@@ -15,8 +15,8 @@ from msgspec import Meta
 
 from workloads.jobs import Cluster, Jobs, WorkloadError
 
-# What is read of a line: parts of the service's State and Answer (see deployment/contract.py). They are written down once
-# more, and looser, because imports only point downwards, and because a record outlives the service: what another
+# What is read of a line: parts of the service's State and Answer (see deployment/contract.py). They are written down
+# once more, and looser, because imports only point downwards, and because a record outlives the service: what another
 # version has added or left out does not matter as long as these are there.
 Id = str | int
 Amounts = Annotated[list[Annotated[float, Meta(ge=0)]], Meta(min_length=1)]
@@ -140,7 +140,7 @@ def _recorded_cluster(state: RecordedState, before: Cluster | None) -> Cluster:
         ValueError: it is none, or jobs or the line before have other resources.
     """
     rows = [node["capacity"] for node in state["nodes"]]
-    rows += [job["demand"] for part in ("queued", "running") for job in state.get(part, ())]
+    rows += [job["demand"] for job in (*state.get("queued", ()), *state.get("running", ()))]
     counts = {len(row) for row in rows} | ({before.capacity.shape[1]} if before else set())
     if len(counts) != 1:
         raise ValueError(f"nodes and jobs of {sorted(counts)} resources, here and in the line before")
@@ -158,19 +158,20 @@ def _follow(
         KeyError: a job runs or starts on no node of the state, or one starts that is not queued in it.
     """
     now, speed = state["now"], {node["name"]: node.get("speed", 1.0) for node in state["nodes"]}
-    queued, running = ({job["id"]: job for job in state.get(part, ())} for part in ("queued", "running"))
-    for key, job in (queued | running).items():
+    queued = {job["id"]: job for job in state.get("queued", ())}
+    running = {job["id"]: job for job in state.get("running", ())}
+    for key, job in {**queued, **running}.items():
         known = {field: value for field, value in job.items() if value is not None}
         jobs.setdefault(key, {}).update(known)
-    for job in state.get("finished", ()):
-        if job.get("id") in jobs:
-            jobs[job["id"]]["run_time"] = job["run_time"]
+    for finished in state.get("finished", ()):
+        if (name := finished.get("id")) is not None and name in jobs:
+            jobs[name]["run_time"] = finished["run_time"]
     for key in started & queued.keys():  # nobody did what was decided (in shadow), so deciding it again tells nothing
         jobs[key]["ignored"] = True
     for key in started - running.keys() - queued.keys():
         jobs[key].setdefault("run_time", (now - jobs[key]["start_time"]) * jobs[key]["speed"])
-    for key, job in running.items():
-        jobs[key]["speed"] = speed[job["node"]]
+    for key, runs in running.items():
+        jobs[key]["speed"] = speed[runs["node"]]
     for start in decision["start"]:
         jobs[queued[start["job"]]["id"]] |= {"start_time": now, "speed": speed[start["node"]]}
     return running.keys() | {start["job"] for start in decision["start"] if "ignored" not in jobs[start["job"]]}
