@@ -19,16 +19,16 @@ import optuna
 import psutil
 import pytest
 import yaml
+from learners import records
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from places import ROOT
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from test_ppo_scheduler import records
 
 import benchmark
 from evaluation.sweep import alone, finish, launch, read_description, suggest
 
-ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 # Logs score = x - (y - 2)^2 / 100 + k / 1000 at "validations" k = 1 to 9, and can go on where it was interrupted. Where
 # there is a file `wait`, it waits after the second validation until there is none.
