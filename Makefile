@@ -40,6 +40,7 @@ test-all: test
 lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: setup-dev
 	$(BIN)/ruff format .
