@@ -1300,6 +1300,337 @@ def rule_scores(problem, simulation, scores):
             scores[k] = head_score(sim, p, i)
 
 
+# ------------------------------------------------------------------------------------------- run times that may be
+# What is known of run times, as ratios of run time to request: of each group (of `groups`) those of its last KEPT jobs
+# that have finished, a ring, and how many there were; of everybody the last RECENT, a ring and sorted, and how many.
+Known = namedtuple("Known", "ratio count ring ordered seen")
+KEPT, RECENT = 8, 256
+ENOUGH = 3  # so many of the same user and request, or else all of the user's count
+PRIOR = 2.0  # and everybody's together as much as so many
+
+
+@kernel
+def learn(known, p, i):
+    """Job i has finished."""
+    ratio = p.jobs[i].run / max(p.jobs[i].requested, 1.0)
+    for c in range(2):
+        g = p.groups[i, c]
+        if g >= 0:
+            known.ratio[g, known.count[g] % KEPT] = ratio
+            known.count[g] += 1
+    slot, k = known.seen[0] % RECENT, min(known.seen[0], RECENT)
+    if k == RECENT:  # the oldest leaves
+        k = first_above(known.ordered, RECENT, known.ring[slot]) - 1
+        for j in range(k, RECENT - 1):
+            known.ordered[j] = known.ordered[j + 1]
+        k = RECENT - 1
+    while k > 0 and known.ordered[k - 1] > ratio:
+        known.ordered[k] = known.ordered[k - 1]
+        k -= 1
+    known.ordered[k], known.ring[slot] = ratio, ratio
+    known.seen[0] += 1
+
+
+@kernel
+def first_above(values, count, least):
+    """The first position of the ascending values[:count] that is above `least`."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if values[middle] <= least:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel
+def run_time_at(known, p, i, elapsed, share):
+    """What job i may take on a node of speed 1, having run there for `elapsed`: the run time at `share` (0 to 1) of
+    those that are possible, in no order.
+
+    They are its request times each ratio of its group, and of everybody, that leads to more than `elapsed`. A job that
+    has outlived them all takes half as long again, but ends by its request if that is still to come.
+    """
+    requested = max(p.jobs[i].requested, 1.0)
+    least = elapsed / requested
+    g = p.groups[i, 1]
+    if g < 0 or known.count[g] < ENOUGH:
+        g = p.groups[i, 0]
+    own = 0
+    count = min(known.count[g], KEPT) if g >= 0 else 0
+    for k in range(count):
+        own += known.ratio[g, k] > least
+    all_of_them = min(known.seen[0], RECENT)
+    first = first_above(known.ordered, all_of_them, least)
+    weight = PRIOR / max(all_of_them, 1)
+    at = share * (own + weight * (all_of_them - first))
+    if at < own:
+        for k in range(count):
+            at -= known.ratio[g, k] > least
+            if at < 0:
+                return known.ratio[g, k] * requested
+    if first < all_of_them:
+        return known.ordered[min(first + int((at - own) / weight), all_of_them - 1)] * requested
+    if all_of_them == 0 and elapsed < requested:
+        return requested
+    return 1.5 * elapsed if requested <= elapsed else min(1.5 * elapsed, requested)
+
+
+@entry
+def learn_all(problem, known, jobs):
+    """These jobs have finished, in this order."""
+    p = by_reference(problem)
+    for i in jobs:
+        learn(known, p, i)
+
+
+@entry
+def run_times_at(problem, known, jobs, elapsed, shares, found):
+    """found[j, k] = what jobs[j], which has run for elapsed[j], may take, at shares[k]."""
+    p = by_reference(problem)
+    for j in range(jobs.shape[0]):
+        for k in range(shares.shape[0]):
+            found[j, k] = run_time_at(known, p, jobs[j], elapsed[j], shares[k])
+
+
+# -------------------------------------------------------------------------------------------------------- planning
+# A roll-out algorithm (Bertsekas, Tsitsiklis & Wu 1997): what would come of each of a few candidates if the rule went
+# on from there until the present queue is empty? Run times are drawn, `samples` times, the same for all candidates.
+#
+# The real run time of a job that has not finished must not tell: planning sees the state (but for `ends`, which are
+# real), and the problem `q` whose jobs have no run times but those that it draws.
+#
+# s, one record; runs[k, i], the run time of job i in sample k; the running jobs by their ends in the sample at hand; and
+# of each candidate its job (-1: wait), its node, its rank, and the sum and the sum of squares of what it gains.
+Lookahead = namedtuple("Lookahead", "s known runs ends job node rank gain square stop")
+LOOKAHEAD = np.dtype(
+    [("threshold", "f8"), ("drawn", "f8"), ("random", "u8")]
+    + [(name, "i8") for name in "candidates samples seed nodes wait planned deviated rolled taken".split()]
+)
+SOON = 1e-3  # seconds after now at which a running job ends at the earliest
+
+
+@kernel
+def uniform(s):
+    """The next number, 0 <= u < 1, of splitmix64 (Steele, Lea & Flood 2014)."""
+    s.random += np.uint64(0x9E3779B97F4A7C15)
+    z = s.random
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+@kernel
+def draw_runs(sim, q, look):
+    """Draw the run times of all that waits or runs, once an instant: the same state and seed give the same ones."""
+    s, l = sim.s[0], look.s[0]
+    if l.drawn == s.now:
+        return
+    l.drawn = s.now
+    l.random = np.uint64(l.seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(np.int64(1024 * s.now))
+    for j in range(s.queued):
+        i = sim.queue[j]
+        for k in range(l.samples):
+            look.runs[k, i] = run_time_at(look.known, q, i, 0.0, uniform(l))
+    for j in range(s.running):
+        i = sim.dues[j].job
+        elapsed = (s.now - sim.plan[i].start) * q.speed[sim.plan[i].node]
+        for k in range(l.samples):
+            look.runs[k, i] = run_time_at(look.known, q, i, elapsed, uniform(l))
+
+
+@kernel
+def imagine(sim, q, look, k):
+    """Let the jobs have the run times of sample k."""
+    s = sim.s[0]
+    for j in range(s.queued):
+        q.jobs[sim.queue[j]].run = look.runs[k, sim.queue[j]]
+    for j in range(s.running):
+        i = sim.dues[j].job  # in the order in which they are due, not in that of their real ends
+        q.jobs[i].run = look.runs[k, i]
+        end = max(sim.plan[i].start + look.runs[k, i] / q.speed[sim.plan[i].node], s.now + SOON)
+        c = j
+        while c > 0 and look.ends[c - 1].time <= end:
+            look.ends[c].time, look.ends[c].job = look.ends[c - 1].time, look.ends[c - 1].job
+            c -= 1
+        look.ends[c].time, look.ends[c].job = end, i
+
+
+@kernel
+def try_out(sim, other, q, look, i, m, full):
+    """Start or reserve (i, m), or wait, in the imagined state, and follow the rule until the queue is empty or, unless
+    `full`, the trajectory meets the one before, which is in other.plan. Returns what that costs less than the one
+    before (`begin`)."""
+    copy_sim(sim, other)
+    s, t = sim.s[0], other.s[0]
+    for k in range(s.running):
+        other.ends[k].time, other.ends[k].job = look.ends[k].time, look.ends[k].job
+    t.gain, t.clear, t.full, t.stop = 0.0, -np.inf, full, s.arrived
+    if i >= 0:
+        act(other, q, i, m)
+    else:
+        next_event(other, q)
+    while t.queued > 0 and not look.stop[0]:
+        i, m = rule_decision(other, q)
+        if i >= 0:
+            act(other, q, i, m)
+        elif (not full and t.now >= t.clear and not overtaken(other)) or not next_event(other, q):
+            break
+    return t.gain
+
+
+@kernel
+def find_candidates(sim, q, look, i, m):
+    """Candidate 0 is what the rule does, (i, m); then come the first other jobs in its order that may start now. Returns
+    how many there are."""
+    s, l = sim.s[0], look.s[0]
+    look.job[0], look.node[0] = i, m
+    n = 1
+    find_most(sim)
+    for k in range(s.queued):
+        j = sim.queue[k]
+        if j == i or not within_most(sim, q, j):
+            continue
+        value = head_score(sim, q, j) if s.reserved < 0 else backfill_score(sim, q, j)
+        if n > l.candidates and value >= look.rank[n - 1]:
+            continue
+        node = choose_node(sim, q, j)
+        if node < 0:
+            continue
+        n = min(n + 1, l.candidates + 1)
+        c = n - 1
+        while c > 1 and look.rank[c - 1] > value:
+            look.rank[c], look.job[c], look.node[c] = look.rank[c - 1], look.job[c - 1], look.node[c - 1]
+            c -= 1
+        look.rank[c], look.job[c], look.node[c] = value, j, node
+    if l.nodes and i >= 0 and fits(sim, q, i, m):
+        n = add_nodes(sim, q, look, n, i, m)
+    if l.wait and i >= 0 and s.running > 0 and (n > 1 or fits(sim, q, i, m)):
+        look.job[n], look.node[n] = -1, -1
+        n += 1
+    return n
+
+
+@kernel
+def add_nodes(sim, q, look, n, i, m):
+    """Of each other kind of node the first that job i may start on."""
+    first = n
+    for a in range(q.speed.shape[0]):
+        new = a != m and not alike(q, a, m) and allowed(sim, q, i, a)
+        for c in range(first, n):
+            new = new and not alike(q, a, look.node[c])
+        if new:
+            look.job[n], look.node[n] = i, a
+            n += 1
+    return n
+
+
+@kernel
+def alike(q, a, b):
+    """Whether two nodes are of one kind."""
+    if q.speed[a] != q.speed[b]:
+        return False
+    for r in range(q.demand.shape[1]):
+        if q.capacity[a, r] != q.capacity[b, r]:
+            return False
+    return True
+
+
+@kernel
+def all_fit(sim, q):
+    """Whether all that waits fits at once on the only node: then the order does not matter."""
+    if q.speed.shape[0] > 1:
+        return False
+    for r in range(q.demand.shape[1]):
+        total = 0.0
+        for k in range(sim.s[0].queued):
+            total += q.demand[sim.queue[k], r]
+        if total > sim.free[0, r] + 1e-9:
+            return False
+    return True
+
+
+@kernel
+def compare_candidates(sim, other, q, look, count):
+    """Try all candidates in as many samples as there is time for; returns how many that were."""
+    s, l = sim.s[0], look.s[0]
+    draw_runs(sim, q, look)
+    for k in range(s.running):
+        i = sim.dues[k].job
+        other.plan[i].start, other.plan[i].node = sim.plan[i].start, sim.plan[i].node
+    for c in range(count):
+        look.gain[c] = look.square[c] = 0.0
+    for k in range(l.samples):
+        imagine(sim, q, look, k)
+        try_out(sim, other, q, look, look.job[0], look.node[0], 1)
+        total = 0.0
+        for c in range(1, count):
+            total += try_out(sim, other, q, look, look.job[c], look.node[c], 0)
+            look.rank[c] = total
+        if look.stop[0]:
+            return k
+        l.rolled += count
+        for c in range(1, count):
+            look.gain[c] += look.rank[c]
+            look.square[c] += look.rank[c] * look.rank[c]
+    return l.samples
+
+
+@kernel
+def planned_decision(sim, other, q, look, i, m):
+    """What to do in place of (i, m), which the rule would: the candidate that gains most on average, if that is by more
+    than `threshold` standard errors."""
+    s, l = sim.s[0], look.s[0]
+    if s.queued == 0 or look.stop[0] or l.threshold == np.inf or overdue(sim, q) or all_fit(sim, q):
+        return i, m
+    count = find_candidates(sim, q, look, i, m)
+    if count == 1:
+        return i, m
+    l.planned += 1
+    samples = compare_candidates(sim, other, q, look, count)
+    l.taken += samples
+    best = 0
+    for c in range(1, count):
+        mean = look.gain[c] / samples
+        deviation = np.sqrt(max(look.square[c] / samples - mean * mean, 0.0) / max(samples - 1, 1))
+        if look.gain[c] > look.gain[best] and mean > l.threshold * deviation + 1e-6:
+            best = c
+    l.deviated += best > 0
+    return look.job[best], look.node[best]
+
+
+@entry
+def recall_all(history, past, now):
+    """What had ended by now, of all groups."""
+    for g in range(history.shape[0]):
+        recall(history[g], past, g, now)
+
+
+@entry
+def plan_run(problem, simulation, imagined, imaginary, look):
+    """Schedule all jobs of the problem from an empty machine."""
+    p, sim, q, other = by_reference(problem), by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    clear_sim(sim, p)
+    s = sim.s[0]
+    while True:
+        if q.recorded:
+            for k in range(s.queued):
+                q.jobs[sim.queue[k]].recorded = estimate(sim, p, sim.queue[k])
+        i, m = rule_decision(sim, p)
+        i, m = planned_decision(sim, other, q, look, i, m)
+        if i >= 0:
+            act(sim, p, i, m)
+            s.decisions += 1
+            continue
+        before = s.running
+        if not next_event(sim, p):
+            return
+        for k in range(before - 1, s.running - 1, -1):
+            learn(look.known, p, sim.ends[k].job)
+
+
+
 class compiling:
     """Say so when the kernels are being compiled, that is when the first call takes more than a moment."""
 

@@ -1,0 +1,133 @@
+"""Planning at decision time: what a rule would do is compared with a few alternatives by roll-outs of the rule.
+
+    from simulator.planning import Planner, plan
+    [schedule] = plan(load_workload("my_cluster.swf.gz", "test"), Planner("easy-fifo"))
+
+How it works is in docs/planning.md, what is compiled in kernels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simulator.arrays import check_workload, job_groups, past_runs, problem_arrays
+from simulator.kernels import (
+    LATENCY,
+    LOOKAHEAD,
+    SCALARS,
+    START,
+    TETRIS,
+    TIMED,
+    Lookahead,
+    Problem,
+    Sim,
+    compiling,
+    plan_run,
+    recall_all,
+)
+from simulator.rules import Rule, parse_rule, uses_history
+from simulator.run_times import RunTimes, ended_before
+from simulator.schedule import Schedule
+from workloads.jobs import Cluster, Jobs, Workload
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A rule to start from, and how hard to look for something better.
+
+    Raises:
+        ValueError: the base is no rule or one without an order of jobs, or a number is out of range.
+    """
+
+    base: str = "easy-fifo"
+    candidates: int = 4  # other jobs that are tried
+    samples: int = 16  # of all run times
+    threshold: float = 1.0  # by so many standard errors a candidate has to be better than the rule's choice
+    seed: int = 1
+    nodes: bool = True
+    wait: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rule.head == TETRIS:
+            raise ValueError("tetris has no order of jobs, which planning needs; use another base")
+        for name, least in (("candidates", 1), ("samples", 1), ("threshold", 0.0), ("seed", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def rule(self) -> Rule:
+        return parse_rule(self.base)
+
+
+def plan(
+    workload: Workload, planner: Planner, segments: np.ndarray | None = None, *, threads: int = 1
+) -> list[Schedule]:
+    """Replay the workload's segments, or others (int[S, 2] ranges of its jobs), from an empty machine."""
+    check_workload(workload.jobs, workload.cluster)
+    jobs = replace(workload.jobs, demand=np.rint(workload.jobs.demand / workload.cluster.grid) * workload.cluster.grid)
+    cluster = replace(workload.cluster.on_grid, speed=np.asarray(workload.cluster.speed, float))
+    groups = job_groups(jobs)
+    whole = problem_arrays(jobs, cluster, groups, planner.rule)
+    past = past_runs(jobs, groups)
+
+    def work(segment: np.ndarray) -> Schedule:
+        first, last = (int(bound) for bound in segment)
+        own = slice(first, last)
+        problem = whole._replace(jobs=whole.jobs[own], demand=whole.demand[own], features=whole.features[own],
+                                 groups=groups[own])
+        run_times = RunTimes(whole)
+        run_times.learn(ended_before(jobs, first))
+        history = np.zeros((int(groups.max(initial=-1)) + 1 if uses_history(planner.rule) else 0, 4))
+        recall_all(history, past, float(jobs.submit_time[first]))
+        sim = empty_sim(problem, history)
+        imagination = Imagination(problem, planner, run_times)
+        plan_run(problem, sim, *imagination.arrays)
+        s = sim.s[0]
+        work.looks.append(imagination.look.s[0].copy())
+        return Schedule(jobs[own], cluster, sim.plan["start"].copy(), sim.plan["node"].copy(), int(s["decisions"]))
+
+    segments = workload.segments if segments is None else np.asarray(segments)
+    work.looks = []
+    plan.looks = work.looks
+    with compiling(), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, segments))
+
+
+def empty_sim(problem: Problem, history: np.ndarray) -> Sim:
+    """The arrays of one simulation of the problem's jobs."""
+    count, (nodes, resources) = len(problem.jobs), problem.capacity.shape
+    sim = Sim(
+        np.zeros(1, SCALARS), *np.zeros((3, count), np.int64), *np.zeros((2, count)), np.zeros(count, TIMED),
+        np.zeros(count, TIMED), np.zeros((nodes, resources)), np.zeros(resources), np.zeros(resources),
+        np.zeros((nodes, resources)), history, np.zeros(count, START),
+    )  # fmt: skip
+    sim.s["stop"] = count
+    return sim
+
+
+class Imagination:
+    """What planning works on: the problem without its run times, a state to go on from, and what is known."""
+
+    def __init__(self, problem: Problem, planner: Planner, run_times: RunTimes) -> None:
+        jobs, count = problem.jobs.copy(), len(problem.jobs)
+        jobs["run"] = np.nan
+        self.problem = problem._replace(jobs=jobs, objective=LATENCY, recorded=uses_history(planner.rule))
+        self.sim = empty_sim(problem, np.zeros((0, 4)))
+        places = planner.candidates + 2 + len(problem.speed)
+        self.look = Lookahead(
+            np.zeros(1, LOOKAHEAD), run_times.known, np.zeros((planner.samples, count)), np.zeros(count, TIMED),
+            *np.zeros((2, places), np.int64), *np.zeros((3, places)), np.zeros(1, bool),
+        )  # fmt: skip
+        s = self.look.s[0]
+        for name in ("candidates", "samples", "threshold", "seed", "nodes", "wait"):
+            s[name] = getattr(planner, name)
+        s["drawn"] = np.nan
+
+    @property
+    def arrays(self) -> tuple[Problem, Sim, Lookahead]:
+        """As the kernels take them."""
+        return self.problem, self.sim, self.look

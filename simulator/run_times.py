@@ -1,0 +1,56 @@
+"""What a job may still take, by what finished jobs did with their requests.
+
+    from simulator.run_times import RunTimes
+    known = RunTimes(problem)
+    known.learn(finished)
+    p10, p50, p90 = known.quantiles(jobs, elapsed, [0.1, 0.5, 0.9]).T
+
+Users ask for about the same, and take about the same share of it, again and again (Tsafrir, Etsion & Feitelson 2007).
+So the distribution is an empirical one: the ratios of run time to request of the last eight jobs of the same user with
+the same request (fewer than three: of the user), and with the weight of two more those of everybody's last 256, as far
+as they say that the job still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from simulator.kernels import KEPT, RECENT, Known, Past, Problem, learn_all, run_times_at
+from workloads.jobs import Jobs
+
+
+class RunTimes:
+    """The distributions of the run times of a problem's jobs, given what has finished so far.
+
+    Attributes:
+        known: what kernels take.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        count = int(problem.groups.max(initial=-1)) + 1
+        self.problem = problem
+        self.known = Known(
+            np.zeros((count, KEPT)), np.zeros(count, np.int64), np.zeros(RECENT), np.zeros(RECENT), np.zeros(1, np.int64)
+        )
+
+    def learn(self, jobs: Sequence[int] | np.ndarray) -> None:
+        """These jobs of the problem have finished, in this order."""
+        learn_all(self.problem, self.known, np.asarray(jobs, np.int64))
+
+    def quantiles(self, jobs: np.ndarray, elapsed: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+        """float64[J, L]: quantiles of the run times (seconds, on a node of speed 1) of int[J] jobs that have run for
+        float64[J] seconds."""
+        shares = (np.arange(256) + 0.5) / 256
+        found = np.empty((len(jobs), len(shares)))
+        run_times_at(self.problem, self.known, np.asarray(jobs, np.int64), np.asarray(elapsed, float), shares, found)
+        return np.quantile(found, levels, axis=1, method="inverted_cdf").T
+
+
+def ended_before(jobs: Jobs, first: int) -> np.ndarray:
+    """int64[...]: of the jobs before number `first` those that had ended when it was submitted, in order of their ends,
+    which are the recorded ones (where no wait was recorded: submit + run)."""
+    end = (jobs.submit_time + jobs.wait_time + jobs.run_time)[:first]
+    order = np.argsort(end, kind="stable")
+    return order[end[order] <= jobs.submit_time[first]]
