@@ -1458,26 +1458,45 @@ def imagine(sim, q, look, k):
 
 
 @kernel
-def try_out(sim, other, q, look, i, m, full):
-    """Start or reserve (i, m), or wait, in the imagined state, and follow the rule until the queue is empty or, unless
-    `full`, the trajectory meets the one before, which is in other.plan. Returns what that costs less than the one
-    before (`begin`)."""
+def enter(sim, other, look):
+    """Copy the state into the one to imagine in, with the ends of the sample at hand."""
     copy_sim(sim, other)
-    s, t = sim.s[0], other.s[0]
-    for k in range(s.running):
+    for k in range(sim.s[0].running):
         other.ends[k].time, other.ends[k].job = look.ends[k].time, look.ends[k].job
-    t.gain, t.clear, t.full, t.stop = 0.0, -np.inf, full, s.arrived
-    if i >= 0:
-        act(other, q, i, m)
-    else:
-        next_event(other, q)
+    other.s[0].gain, other.s[0].clear, other.s[0].stop = 0.0, -np.inf, sim.s[0].arrived
+
+
+@kernel
+def go_on(other, q, look, full):
+    """Follow the rule until the queue is empty or, unless `full`, the trajectory meets the one before (`run_rule`)."""
+    t = other.s[0]
     while t.queued > 0 and not look.stop[0]:
         i, m = rule_decision(other, q)
         if i >= 0:
             act(other, q, i, m)
         elif (not full and t.now >= t.clear and not overtaken(other)) or not next_event(other, q):
-            break
-    return t.gain
+            return
+
+
+@kernel
+def try_out(sim, other, q, look, i, m, full):
+    """Start or reserve (i, m), or wait, in the sample at hand, and go on. Returns what that costs less than the
+    trajectory before, which was in other.plan (`begin`)."""
+    enter(sim, other, look)
+    if i >= 0:
+        act(other, q, i, m)
+    else:
+        next_event(other, q)
+    go_on(other, q, look, full)
+    return other.s[0].gain
+
+
+@kernel
+def show_running(sim, other):
+    """Let the imagined state know where the running jobs run, and since when."""
+    for k in range(sim.s[0].running):
+        i = sim.dues[k].job
+        other.plan[i].start, other.plan[i].node = sim.plan[i].start, sim.plan[i].node
 
 
 @kernel
@@ -1554,11 +1573,9 @@ def all_fit(sim, q):
 @kernel
 def compare_candidates(sim, other, q, look, count):
     """Try all candidates in as many samples as there is time for; returns how many that were."""
-    s, l = sim.s[0], look.s[0]
+    l = look.s[0]
     draw_runs(sim, q, look)
-    for k in range(s.running):
-        i = sim.dues[k].job
-        other.plan[i].start, other.plan[i].node = sim.plan[i].start, sim.plan[i].node
+    show_running(sim, other)
     for c in range(count):
         look.gain[c] = look.square[c] = 0.0
     for k in range(l.samples):
@@ -1607,6 +1624,16 @@ def recall_all(history, past, now):
         recall(history[g], past, g, now)
 
 
+@kernel
+def planned_choice(sim, p, other, q, look):
+    """What planning does next: start or reserve (job, node); (-1, -1): wait for the next event."""
+    if q.recorded:
+        for k in range(sim.s[0].queued):
+            q.jobs[sim.queue[k]].recorded = estimate(sim, p, sim.queue[k])
+    i, m = rule_decision(sim, p)
+    return planned_decision(sim, other, q, look, i, m)
+
+
 @entry
 def plan_run(problem, simulation, imagined, imaginary, look):
     """Schedule all jobs of the problem from an empty machine."""
@@ -1614,11 +1641,7 @@ def plan_run(problem, simulation, imagined, imaginary, look):
     clear_sim(sim, p)
     s = sim.s[0]
     while True:
-        if q.recorded:
-            for k in range(s.queued):
-                q.jobs[sim.queue[k]].recorded = estimate(sim, p, sim.queue[k])
-        i, m = rule_decision(sim, p)
-        i, m = planned_decision(sim, other, q, look, i, m)
+        i, m = planned_choice(sim, p, other, q, look)
         if i >= 0:
             act(sim, p, i, m)
             s.decisions += 1
@@ -1629,6 +1652,40 @@ def plan_run(problem, simulation, imagined, imaginary, look):
         for k in range(before - 1, s.running - 1, -1):
             learn(look.known, p, sim.ends[k].job)
 
+
+@entry
+def plan_moment(problem, simulation, imagined, imaginary, look, choices):
+    """As `follow_rule`, with planning."""
+    p, sim, q, other = by_reference(problem), by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    n = 0
+    while n < choices.shape[0]:
+        i, m = planned_choice(sim, p, other, q, look)
+        if i < 0:
+            break
+        act(sim, p, i, m)
+        choices[n, 0], choices[n, 1] = i, m
+        n += 1
+    return n
+
+
+@entry
+def forecast(simulation, imagined, imaginary, look, starts):
+    """starts[k, j]: when the j-th of the last jobs would start in sample k if the rule went on from here (infinite where
+    it is not queued). Returns how many samples there was time for."""
+    sim, q, other = by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    s, first = sim.s[0], q.jobs.shape[0] - starts.shape[1]
+    starts[:] = np.inf
+    draw_runs(sim, q, look)
+    show_running(sim, other)
+    for k in range(look.s[0].samples):
+        imagine(sim, q, look, k)
+        enter(sim, other, look)
+        go_on(other, q, look, 1)
+        if look.stop[0]:
+            return k
+        for j in range(s.queued):
+            starts[k, sim.queue[j] - first] = other.plan[sim.queue[j]].start
+    return look.s[0].samples
 
 
 class compiling:

@@ -8,7 +8,6 @@ How it works is in docs/planning.md, what is compiled in kernels.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -51,6 +50,11 @@ class Planner:
     nodes: bool = True
     wait: bool = True
 
+    @property
+    def identity(self) -> bytes:
+        """Another planner's is another, if it decides differently."""
+        return repr(self).encode()
+
     def __post_init__(self) -> None:
         if self.rule.head == TETRIS:
             raise ValueError("tetris has no order of jobs, which planning needs; use another base")
@@ -86,13 +90,12 @@ def plan(
         sim = empty_sim(problem, history)
         imagination = Imagination(problem, planner, run_times)
         plan_run(problem, sim, *imagination.arrays)
-        s = sim.s[0]
-        work.looks.append(imagination.look.s[0].copy())
-        return Schedule(jobs[own], cluster, sim.plan["start"].copy(), sim.plan["node"].copy(), int(s["decisions"]))
+        decisions = int(sim.s[0]["decisions"])
+        plan.looks.append(imagination.look.s[0].copy())
+        return Schedule(jobs[own], cluster, sim.plan["start"].copy(), sim.plan["node"].copy(), decisions)
 
     segments = workload.segments if segments is None else np.asarray(segments)
-    work.looks = []
-    plan.looks = work.looks
+    plan.looks = []
     with compiling(), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, segments))
 
@@ -131,3 +134,7 @@ class Imagination:
     def arrays(self) -> tuple[Problem, Sim, Lookahead]:
         """As the kernels take them."""
         return self.problem, self.sim, self.look
+
+    def stop(self) -> None:
+        """Take no more samples."""
+        self.look.stop[0] = True
