@@ -1401,13 +1401,15 @@ def run_times_at(problem, known, jobs, elapsed, shares, found):
 # The real run time of a job that has not finished must not tell: planning sees the state (but for `ends`, which are
 # real), and the problem `q` whose jobs have no run times but those that it draws.
 #
-# s, one record; runs[k, i], the run time of job i in sample k; the running jobs by their ends in the sample at hand; and
-# of each candidate its job (-1: wait), its node, its rank, and the sum and the sum of squares of what it gains.
+# s, one record; runs[k, i], the run time of job i in sample k; the running jobs by their ends in the sample at hand;
+# of each candidate its job (-1: wait), its node, its rank, and the sum and the sum of squares of what it gains; and
+# whether the time is up.
 Lookahead = namedtuple("Lookahead", "s known runs ends job node rank gain square stop")
 LOOKAHEAD = np.dtype(
     [("threshold", "f8"), ("drawn", "f8"), ("random", "u8")]
     + [(name, "i8") for name in "candidates samples seed nodes wait planned deviated rolled taken".split()]
 )
+LAP, RACE = 4, 2.0  # after so many samples candidates leave that are so many standard errors behind
 SOON = 1e-3  # seconds after now at which a running job ends at the earliest
 
 
@@ -1424,20 +1426,20 @@ def uniform(s):
 @kernel
 def draw_runs(sim, q, look):
     """Draw the run times of all that waits or runs, once an instant: the same state and seed give the same ones."""
-    s, l = sim.s[0], look.s[0]
-    if l.drawn == s.now:
+    s, ahead = sim.s[0], look.s[0]
+    if ahead.drawn == s.now:
         return
-    l.drawn = s.now
-    l.random = np.uint64(l.seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(np.int64(1024 * s.now))
+    ahead.drawn = s.now
+    ahead.random = np.uint64(ahead.seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(np.int64(1024 * s.now))
     for j in range(s.queued):
         i = sim.queue[j]
-        for k in range(l.samples):
-            look.runs[k, i] = run_time_at(look.known, q, i, 0.0, uniform(l))
+        for k in range(ahead.samples):
+            look.runs[k, i] = run_time_at(look.known, q, i, 0.0, uniform(ahead))
     for j in range(s.running):
         i = sim.dues[j].job
         elapsed = (s.now - sim.plan[i].start) * q.speed[sim.plan[i].node]
-        for k in range(l.samples):
-            look.runs[k, i] = run_time_at(look.known, q, i, elapsed, uniform(l))
+        for k in range(ahead.samples):
+            look.runs[k, i] = run_time_at(look.known, q, i, elapsed, uniform(ahead))
 
 
 @kernel
@@ -1501,9 +1503,9 @@ def show_running(sim, other):
 
 @kernel
 def find_candidates(sim, q, look, i, m):
-    """Candidate 0 is what the rule does, (i, m); then come the first other jobs in its order that may start now. Returns
-    how many there are."""
-    s, l = sim.s[0], look.s[0]
+    """Candidate 0 is what the rule does, (i, m); then come the first other jobs in its order that may start now, and
+    other nodes. Returns how many there are."""
+    s, ahead = sim.s[0], look.s[0]
     look.job[0], look.node[0] = i, m
     n = 1
     find_most(sim)
@@ -1512,20 +1514,20 @@ def find_candidates(sim, q, look, i, m):
         if j == i or not within_most(sim, q, j):
             continue
         value = head_score(sim, q, j) if s.reserved < 0 else backfill_score(sim, q, j)
-        if n > l.candidates and value >= look.rank[n - 1]:
+        if n > ahead.candidates and value >= look.rank[n - 1]:
             continue
         node = choose_node(sim, q, j)
         if node < 0:
             continue
-        n = min(n + 1, l.candidates + 1)
+        n = min(n + 1, ahead.candidates + 1)
         c = n - 1
         while c > 1 and look.rank[c - 1] > value:
             look.rank[c], look.job[c], look.node[c] = look.rank[c - 1], look.job[c - 1], look.node[c - 1]
             c -= 1
         look.rank[c], look.job[c], look.node[c] = value, j, node
-    if l.nodes and i >= 0 and fits(sim, q, i, m):
+    if ahead.nodes and i >= 0 and fits(sim, q, i, m):
         n = add_nodes(sim, q, look, n, i, m)
-    if l.wait and i >= 0 and s.running > 0 and (n > 1 or fits(sim, q, i, m)):
+    if ahead.wait and i >= 0 and s.running > 0 and (n > 1 or fits(sim, q, i, m)):
         look.job[n], look.node[n] = -1, -1
         n += 1
     return n
@@ -1571,14 +1573,42 @@ def all_fit(sim, q):
 
 
 @kernel
+def lead(look, c, samples):
+    """What candidate c gains on average, and the standard error of that."""
+    mean = look.gain[c] / samples
+    return mean, np.sqrt(max(look.square[c] / samples - mean * mean, 0.0) / max(samples - 1, 1))
+
+
+@kernel
+def drop_losers(look, count, samples):
+    """Forget the candidates that are worse than the best by more than RACE standard errors; returns how many stay."""
+    best = 0.0
+    for c in range(1, count):
+        best = max(best, look.gain[c] / samples)
+    n = 1
+    for c in range(1, count):
+        mean, error = lead(look, c, samples)
+        if mean + RACE * error >= best:
+            look.job[n], look.node[n], look.gain[n], look.square[n] = (
+                look.job[c],
+                look.node[c],
+                look.gain[c],
+                look.square[c],
+            )
+            n += 1
+    return n
+
+
+@kernel
 def compare_candidates(sim, other, q, look, count):
-    """Try all candidates in as many samples as there is time for; returns how many that were."""
-    l = look.s[0]
+    """Try all candidates in as many samples as there is time for, the losers in a few only; returns how many candidates
+    are left, and the number of samples."""
+    ahead = look.s[0]
     draw_runs(sim, q, look)
     show_running(sim, other)
     for c in range(count):
         look.gain[c] = look.square[c] = 0.0
-    for k in range(l.samples):
+    for k in range(ahead.samples):
         imagine(sim, q, look, k)
         try_out(sim, other, q, look, look.job[0], look.node[0], 1)
         total = 0.0
@@ -1586,42 +1616,38 @@ def compare_candidates(sim, other, q, look, count):
             total += try_out(sim, other, q, look, look.job[c], look.node[c], 0)
             look.rank[c] = total
         if look.stop[0]:
-            return k
-        l.rolled += count
+            return count, k
+        ahead.rolled += count
+        ahead.taken += 1
         for c in range(1, count):
             look.gain[c] += look.rank[c]
             look.square[c] += look.rank[c] * look.rank[c]
-    return l.samples
+        if k % LAP == LAP - 1:
+            count = drop_losers(look, count, k + 1)
+            if count == 1:
+                return count, k + 1
+    return count, ahead.samples
 
 
 @kernel
 def planned_decision(sim, other, q, look, i, m):
     """What to do in place of (i, m), which the rule would: the candidate that gains most on average, if that is by more
     than `threshold` standard errors."""
-    s, l = sim.s[0], look.s[0]
-    if s.queued == 0 or look.stop[0] or l.threshold == np.inf or overdue(sim, q) or all_fit(sim, q):
+    ahead = look.s[0]
+    if sim.s[0].queued == 0 or look.stop[0] or ahead.threshold == np.inf or overdue(sim, q) or all_fit(sim, q):
         return i, m
     count = find_candidates(sim, q, look, i, m)
     if count == 1:
         return i, m
-    l.planned += 1
-    samples = compare_candidates(sim, other, q, look, count)
-    l.taken += samples
+    ahead.planned += 1
+    count, samples = compare_candidates(sim, other, q, look, count)
     best = 0
     for c in range(1, count):
-        mean = look.gain[c] / samples
-        deviation = np.sqrt(max(look.square[c] / samples - mean * mean, 0.0) / max(samples - 1, 1))
-        if look.gain[c] > look.gain[best] and mean > l.threshold * deviation + 1e-6:
+        mean, error = lead(look, c, samples)
+        if look.gain[c] > look.gain[best] and mean > ahead.threshold * error + 1e-6:
             best = c
-    l.deviated += best > 0
+    ahead.deviated += best > 0
     return look.job[best], look.node[best]
-
-
-@entry
-def recall_all(history, past, now):
-    """What had ended by now, of all groups."""
-    for g in range(history.shape[0]):
-        recall(history[g], past, g, now)
 
 
 @kernel
@@ -1670,8 +1696,8 @@ def plan_moment(problem, simulation, imagined, imaginary, look, choices):
 
 @entry
 def forecast(simulation, imagined, imaginary, look, starts):
-    """starts[k, j]: when the j-th of the last jobs would start in sample k if the rule went on from here (infinite where
-    it is not queued). Returns how many samples there was time for."""
+    """starts[k, j]: when the j-th of the last jobs would start in sample k if the rule went on from here (infinite
+    where it is not queued). Returns how many samples there was time for."""
     sim, q, other = by_reference(simulation), by_reference(imagined), by_reference(imaginary)
     s, first = sim.s[0], q.jobs.shape[0] - starts.shape[1]
     starts[:] = np.inf

@@ -44,7 +44,7 @@ class ClusterState:
     running: Jobs
     start_time: np.ndarray  # float64[running]
     node: np.ndarray  # int[running], their nodes
-    finished: Jobs | None = None  # in order of their ends: what is known of their users; the last eight of a kind suffice
+    finished: Jobs | None = None  # in order of their ends: what is known of their users; eight of a kind suffice
     free: np.ndarray | None = None  # float64[M, R]; None: what the running jobs leave; less: not in use for now
 
 

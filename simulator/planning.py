@@ -31,7 +31,7 @@ from simulator.kernels import (
 from simulator.rules import Rule, parse_rule, uses_history
 from simulator.run_times import RunTimes, ended_before
 from simulator.schedule import Schedule
-from workloads.jobs import Cluster, Jobs, Workload
+from workloads.jobs import Workload
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ def plan(
     def work(segment: np.ndarray) -> Schedule:
         first, last = (int(bound) for bound in segment)
         own = slice(first, last)
-        problem = whole._replace(jobs=whole.jobs[own], demand=whole.demand[own], features=whole.features[own],
-                                 groups=groups[own])
+        problem = whole._replace(
+            jobs=whole.jobs[own], demand=whole.demand[own], features=whole.features[own], groups=groups[own]
+        )
         run_times = RunTimes(whole)
         run_times.learn(ended_before(jobs, first))
         history = np.zeros((int(groups.max(initial=-1)) + 1 if uses_history(planner.rule) else 0, 4))

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from simulator.kernels import KEPT, RECENT, Known, Past, Problem, learn_all, run_times_at
+from simulator.kernels import KEPT, RECENT, Known, Problem, learn_all, run_times_at
 from workloads.jobs import Jobs
+
+SHARES = 256  # at which a distribution is looked at for its quantiles
 
 
 class RunTimes:
@@ -32,19 +34,23 @@ class RunTimes:
         count = int(problem.groups.max(initial=-1)) + 1
         self.problem = problem
         self.known = Known(
-            np.zeros((count, KEPT)), np.zeros(count, np.int64), np.zeros(RECENT), np.zeros(RECENT), np.zeros(1, np.int64)
+            np.zeros((count, KEPT)), np.zeros(count, np.int64), *np.zeros((2, RECENT)), np.zeros(1, np.int64)
         )
 
     def learn(self, jobs: Sequence[int] | np.ndarray) -> None:
         """These jobs of the problem have finished, in this order."""
         learn_all(self.problem, self.known, np.asarray(jobs, np.int64))
 
-    def quantiles(self, jobs: np.ndarray, elapsed: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-        """float64[J, L]: quantiles of the run times (seconds, on a node of speed 1) of int[J] jobs that have run for
-        float64[J] seconds."""
-        shares = (np.arange(256) + 0.5) / 256
+    def at(self, jobs: np.ndarray, elapsed: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """float64[J, S]: of int[J] jobs that have run for float64[J] seconds the run times (seconds, at speed 1) at
+        float64[S] shares, 0 to 1, of those that are possible, in no order: a uniform share draws one."""
         found = np.empty((len(jobs), len(shares)))
-        run_times_at(self.problem, self.known, np.asarray(jobs, np.int64), np.asarray(elapsed, float), shares, found)
+        run_times_at(self.problem, self.known, np.asarray(jobs), np.asarray(elapsed), np.asarray(shares), found)
+        return found
+
+    def quantiles(self, jobs: np.ndarray, elapsed: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+        """float64[J, L]: quantiles of the run times of int[J] jobs that have run for float64[J] seconds."""
+        found = self.at(jobs, elapsed, (np.arange(SHARES) + 0.5) / SHARES)
         return np.quantile(found, levels, axis=1, method="inverted_cdf").T
 
 

@@ -1,18 +1,16 @@
 """Planning looks at nothing that nobody can know, falls back on its base, and with the truth in hand finds the best."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import make_workload, simulate_one, workloads
+from oracles import simulate_one, workloads
 from test_simulator import check_possible
 
 from simulator.planning import Planner, plan
 from simulator.rules import RULES
-from workloads.jobs import Jobs, Workload
+from workloads.jobs import Workload
 
 BASES = [rule for rule in RULES if rule != "tetris"]
 
