@@ -1661,6 +1661,13 @@ def planned_choice(sim, p, other, q, look):
 
 
 @entry
+def recall_all(history, past, now):
+    """What had ended by now, of all groups."""
+    for g in range(history.shape[0]):
+        recall(history[g], past, g, now)
+
+
+@entry
 def plan_run(problem, simulation, imagined, imaginary, look):
     """Schedule all jobs of the problem from an empty machine."""
     p, sim, q, other = by_reference(problem), by_reference(simulation), by_reference(imagined), by_reference(imaginary)
