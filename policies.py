@@ -224,7 +224,7 @@ class PlanPolicy(Policy):
         return _decision(moment, found.choices, by_start, Expected(starts, found.samples, found.wanted))
 
     def _logits(self, parts: Observation) -> np.ndarray:
-        raise PolicyError(f"{self.name}: planning needs the state of a cluster, not an observation; use decide or schedule")
+        raise PolicyError(f"{self.name}: planning needs a state, not an observation; use decide or schedule")
 
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=10_000)]  # more than that is a damaged number: arrays are as large

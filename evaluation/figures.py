@@ -32,7 +32,7 @@ from evaluation.statistics import (
     quantile_resamples,
     summary,
 )
-from policies import OnnxPolicy, Policy
+from policies import OnnxPolicy, PlanPolicy, Policy, RulePolicy
 from simulator.arrays import job_size
 from simulator.kernels import JOB_FEATURES
 from simulator.schedule import METRIC
@@ -50,11 +50,12 @@ def write_report(
     from evaluation.report import write  # matplotlib and jinja2 take a second to import, which only a report is worth
 
     headline, metric = replays[Scenario(args.protocol, args.load)], METRIC[args.objective]
-    rules = [name for name, policy in policies.items() if not isinstance(policy, OnnxPolicy)]
+    rules = [name for name, policy in policies.items() if isinstance(policy, RulePolicy)]
     best_rule = min(rules, key=lambda rule: results["policies"][rule][metric]["mean"])
     results |= {
         "objective": args.objective, "best_rule": best_rule,
         "trained": {n: trained(p) for n, p in policies.items() if isinstance(p, OnnxPolicy)},
+        "planned": [n for n, p in policies.items() if isinstance(p, PlanPolicy)],
         "quantiles": {name: quantiles(headline, name, args.seed) for name in policies},
         "against": {rule: against(headline.per_block, rule, args.seed) for rule in dict.fromkeys(("fifo", best_rule))},
         "bound": bound_figures(headline, args.objective, results),
@@ -74,7 +75,8 @@ def write_report(
     if windows:  # a busy one, where there is something to see
         order = np.argsort(windows.per_block["fifo"][:, METRICS.index("wait")], kind="stable")
         busy = order[int(0.9 * len(order))]
-        drawn = list(dict.fromkeys(["fifo", *(name for name in shown if name in results["trained"]), best_rule]))[:3]
+        own = [*results["trained"], *results["planned"]]
+        drawn = list(dict.fromkeys(["fifo", *(name for name in shown if name in own), best_rule]))[:3]
         episode = {name: windows.schedules[name][busy] for name in drawn}
     write_episodes(args.report / "episodes.csv", replays, args.objective)
     results["notes"] = [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
@@ -94,9 +96,11 @@ def looks(policy: Policy) -> bool:
 
 
 def shown_policies(results: dict[str, Any], metric: str) -> list[str]:
-    """Eight lines are as many as a plot can hold: the baselines, the trained ones and the best of the rest."""
+    """Eight lines are as many as a plot can hold: the baselines, the trained and planned ones and the best of the
+    rest."""
     cost = {name: found[metric]["mean"] for name, found in results["policies"].items()}
-    wanted = [*BASELINES, results["best_rule"], *results["trained"], *sorted(cost, key=cost.__getitem__)]
+    own = [*results["trained"], *results["planned"]]
+    wanted = [*BASELINES, results["best_rule"], *own, *sorted(cost, key=cost.__getitem__)]
     shown = list(dict.fromkeys(wanted))[:8]
     return [name for name in cost if name in shown]
 

@@ -1703,11 +1703,10 @@ def plan_moment(problem, simulation, imagined, imaginary, look, choices):
 
 @entry
 def forecast(simulation, imagined, imaginary, look, starts):
-    """starts[k, j]: when the j-th of the last jobs would start in sample k if the rule went on from here (infinite
-    where it is not queued). Returns how many samples there was time for."""
+    """starts[k, j]: when the j-th of the last jobs has started or would in sample k if the rule went on from here
+    (infinite: it fits on no node). Returns how many samples there was time for."""
     sim, q, other = by_reference(simulation), by_reference(imagined), by_reference(imaginary)
     s, first = sim.s[0], q.jobs.shape[0] - starts.shape[1]
-    starts[:] = np.inf
     draw_runs(sim, q, look)
     show_running(sim, other)
     for k in range(look.s[0].samples):
@@ -1716,6 +1715,8 @@ def forecast(simulation, imagined, imaginary, look, starts):
         go_on(other, q, look, 1)
         if look.stop[0]:
             return k
+        for j in range(starts.shape[1]):
+            starts[k, j] = sim.plan[first + j].start
         for j in range(s.queued):
             starts[k, sim.queue[j] - first] = other.plan[sim.queue[j]].start
     return look.s[0].samples
