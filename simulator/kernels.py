@@ -75,7 +75,8 @@ FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, S
 TETRIS, TUNED = 13, 14
 BLOCKING, GREEDY, EASY = range(3)  # what happens while the head does not fit: nothing, anything, backfilling
 FASTEST, BEST_FIT, TUNED_NODE, FIRST, ROUND_ROBIN, RANDOM_NODE = range(6)
-LATENCY, WAIT, SLOWDOWN, TAIL = range(4)
+LATENCY, WAIT, SLOWDOWN, TAIL, PLANNED = range(5)
+FAIRNESS = 1.25
 SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in parallel job scheduling", 1997
 # What a tuned rule adds up, times weights: TERMS once for the order of heads, once for that of backfilling and once for
 # whether the head gets a reservation (below zero); NODE_TERMS for the choice of its node. The classical orders that
@@ -193,6 +194,8 @@ def job_cost(p, i, begin, m):
         return wait
     if p.objective == TAIL:
         return wait * wait
+    if p.objective == PLANNED:
+        return wait**FAIRNESS + p.jobs[i].run / p.speed[m]
     latency = wait + p.jobs[i].run / p.speed[m]
     if p.objective == LATENCY:
         return latency
@@ -1310,9 +1313,15 @@ PRIOR = 2.0  # and everybody's together as much as so many
 
 
 @kernel
+def asked(p, i):
+    """What job i requests, in seconds (in some published sequences it is -1: then ratios are run times)."""
+    return p.jobs[i].requested if p.jobs[i].requested > 0 else 1.0
+
+
+@kernel
 def learn(known, p, i):
     """Job i has finished."""
-    ratio = p.jobs[i].run / max(p.jobs[i].requested, 1.0)
+    ratio = p.jobs[i].run / asked(p, i)
     for c in range(2):
         g = p.groups[i, c]
         if g >= 0:
@@ -1352,7 +1361,7 @@ def run_time_at(known, p, i, elapsed, share):
     They are its request times each ratio of its group, and of everybody, that leads to more than `elapsed`. A job that
     has outlived them all takes half as long again, but ends by its request if that is still to come.
     """
-    requested = max(p.jobs[i].requested, 1.0)
+    requested = asked(p, i)
     least = elapsed / requested
     g = p.groups[i, 1]
     if g < 0 or known.count[g] < ENOUGH:
@@ -1651,13 +1660,40 @@ def planned_decision(sim, other, q, look, i, m):
 
 
 @kernel
-def planned_choice(sim, p, other, q, look):
-    """What planning does next: start or reserve (job, node); (-1, -1): wait for the next event."""
+def recall_estimates(sim, p, q):
+    """In the imagined state no history goes on: the rule's estimates stay what they are."""
     if q.recorded:
         for k in range(sim.s[0].queued):
             q.jobs[sim.queue[k]].recorded = estimate(sim, p, sim.queue[k])
+
+
+@kernel
+def planned_choice(sim, p, other, q, look):
+    """What planning does next: start or reserve (job, node); (-1, -1): wait for the next event."""
+    recall_estimates(sim, p, q)
     i, m = rule_decision(sim, p)
     return planned_decision(sim, other, q, look, i, m)
+
+
+@entry
+def action_gains(problem, simulation, imagined, imaginary, look, mask, gains):
+    """gains[a]: what each legal action costs less on average than what the rule does; NaN for those that are not."""
+    p, sim, q, other = by_reference(problem), by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    recall_estimates(sim, p, q)
+    draw_runs(sim, q, look)
+    show_running(sim, other)
+    nodes, samples = p.speed.shape[0], look.s[0].samples
+    for a in range(mask.shape[0]):
+        gains[a] = 0.0 if mask[a] else np.nan
+    for k in range(samples):
+        imagine(sim, q, look, k)
+        try_out(sim, other, q, look, sim.s[0].rule_job, sim.s[0].rule_node, 1)
+        total = 0.0
+        for a in range(mask.shape[0]):
+            if mask[a]:
+                i = sim.seen[a // nodes] if a < mask.shape[0] - 1 else -1
+                total += try_out(sim, other, q, look, i, a % nodes, 0)
+                gains[a] += total / samples
 
 
 @entry

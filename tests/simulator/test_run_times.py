@@ -13,7 +13,7 @@ from workloads.jobs import Jobs
 
 def slow_run_time(jobs: Jobs, finished: list[int], i: int, elapsed: float, share: float) -> float:
     """The distribution written out: (run time, weight) for each ratio, of those that are above `elapsed`."""
-    ratio, requested = jobs.run_time / np.maximum(jobs.requested_time, 1), max(jobs.requested_time[i], 1.0)
+    ratio, requested = jobs.run_time / jobs.requested_time, jobs.requested_time[i]
     mine = [j for j in finished if jobs.user[j] == jobs.user[i] and jobs.user[i] >= 0]
     alike = [j for j in mine if jobs.requested_time[j] == jobs.requested_time[i]]
     kind = alike if len(alike) >= 3 else mine
