@@ -45,7 +45,7 @@ class Planner:
         ValueError: the base is no rule or one without an order of jobs, or a number is out of range.
     """
 
-    base: str = "easy-fifo"
+    base: str = "easy-xf+sjf"
     candidates: int = 4  # other jobs that are tried
     samples: int = 16  # of all run times
     threshold: float = 1.0  # by so many standard errors a candidate has to be better than the rule's choice
