@@ -47,7 +47,7 @@ class PolicyError(ValueError):
 class Expected:
     """What planning expects of the queued jobs, and on how many samples that is founded."""
 
-    starts: np.ndarray  # float64[Q, 3]: p10, p50 and p90 of when each starts; inf: on no node in use
+    starts: np.ndarray  # float64[Q, 3]: p10, p50 and p90 of when each starts; inf: on no node in use, or no time
     samples: int  # of the run times, in all choices and here: as many as there was time for
     wanted: int
 
@@ -217,11 +217,12 @@ class PlanPolicy(Policy):
         moment = Moment(state, self.rule)
         found = moment.plan(self.planner, self.seconds)
         order = moment.rule_order()
-        if len(found.starts) == 0 or len(order) == 0:
-            return _decision(moment, found.choices, order)
+        if len(found.starts) == 0:  # no time
+            nothing = Expected(np.full((len(order), 3), np.inf), found.samples, found.wanted)
+            return _decision(moment, found.choices, order, nothing)
         starts = np.quantile(found.starts, (0.1, 0.5, 0.9), axis=0, method="inverted_cdf").T
-        by_start = order[np.argsort(starts[order, 1], kind="stable")]
-        return _decision(moment, found.choices, by_start, Expected(starts, found.samples, found.wanted))
+        order = order[np.argsort(starts[order, 1], kind="stable")]
+        return _decision(moment, found.choices, order, Expected(starts, found.samples, found.wanted))
 
     def _logits(self, parts: Observation) -> np.ndarray:
         raise PolicyError(f"{self.name}: planning needs a state, not an observation; use decide or schedule")

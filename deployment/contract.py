@@ -93,7 +93,7 @@ class ExpectedStart(Struct, gc=False):
 class Expected(Struct, gc=False):
     samples: int  # of run times that were tried, of
     wanted: int  # as many as it would have been with more time
-    starts: list[ExpectedStart]  # of the queued jobs, in the state's order, without those that fit on no node in use
+    starts: list[ExpectedStart]  # of the queued jobs that fit on some node in use; none: there was no time
 
 
 class Answer(Struct, gc=False):
@@ -103,7 +103,7 @@ class Answer(Struct, gc=False):
     decided_by: str
     policy_version: str
     fallback: str | None = None  # why a rule decided in place of the model
-    expected: Expected | UnsetType = UNSET  # of `plan` only, if there was time for it
+    expected: Expected | UnsetType = UNSET  # by `plan` only
 
 
 class Observed(Struct, forbid_unknown_fields=True, gc=False):

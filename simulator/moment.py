@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,12 +129,15 @@ class Moment:
 
     def plan(self, planner: Planner, seconds: float | None = None) -> Plan:
         """Do what planning does now. After so many seconds the choices are the base's."""
+        began = time.perf_counter()
         run_times = RunTimes(self.problem)
         run_times.learn(np.arange(self._finished))
         imagination = Imagination(self.problem, planner, run_times)
         choices, starts = np.empty((len(self.numbers) + 1, 2), np.int64), np.empty((planner.samples, len(self.numbers)))
-        timer = threading.Timer(seconds or 0.0, imagination.stop)
-        if seconds is not None:
+        timer = threading.Timer(left := (seconds or np.inf) - (time.perf_counter() - began), imagination.stop)
+        if left <= 0:
+            imagination.stop()
+        elif left < np.inf:
             timer.start()
         with compiling():
             count = plan_moment(self.problem, self.sim, *imagination.arrays, choices)
