@@ -6,8 +6,6 @@
 How it works is in docs/planning.md, what is compiled in kernels.py.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 

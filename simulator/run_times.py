@@ -11,8 +11,6 @@ the same request (fewer than three: of the user), and with the weight of two mor
 as they say that the job still runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

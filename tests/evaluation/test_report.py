@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import job_costs, make_workload, workloads
 from PIL import Image
-from test_policies import write_policy
+from policy_files import write_policy
 from torch.utils.tensorboard import SummaryWriter
 
 import benchmark
@@ -68,10 +68,12 @@ def best_cost(workload: Workload, objective: str) -> float:
     return best
 
 
+@pytest.mark.parametrize("jobs", [4, pytest.param(5, marks=pytest.mark.slow)])  # of which all orders are tried
 @pytest.mark.parametrize("objective", COMPARED)
-@given(workload=workloads(2, 5, nodes=2))
+@given(data=st.data())
 @settings(max_examples=40)
-def test_no_schedule_at_all_is_below_the_bound(objective: str, workload: Workload) -> None:
+def test_no_schedule_at_all_is_below_the_bound(objective: str, jobs: int, data: st.DataObject) -> None:
+    workload = data.draw(workloads(2, jobs, nodes=2))
     best = best_cost(workload, objective)
     assert lower_bound(workload.jobs, workload.cluster, objective) <= best * (1 + 1e-7) + 1e-9
 
@@ -317,7 +319,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longest, and is not what these tests are about."""
-    monkeypatch.setattr(report_module, "write", lambda *_: None)
+    monkeypatch.setattr(report_module, "write_pages", lambda *_: None)
 
 
 def results_of(folder: Path) -> dict:
@@ -419,6 +421,7 @@ def test_the_same_command_reads_what_it_has_replayed(written: Path, monkeypatch:
     assert {**first, "made": 0} == {**again, "made": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_same_file_with_another_patience_is_replayed_anew(tmp_path: Path) -> None:
     make_runs(tmp_path)
@@ -450,6 +453,7 @@ def test_a_file_that_is_replaced_meanwhile_is_compared_as_it_was(
     assert fifo == run and Path("run/policy.onnx").read_bytes() == Path("sjf/policy.onnx").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -481,6 +485,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert ours["policies"] == theirs["policies"] and ours["protocols"] == theirs["protocols"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_several_workers_give_the_same(written: Path, tmp_path: Path) -> None:
     make_runs(tmp_path)
@@ -553,7 +558,7 @@ BAD_POLICIES: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reported", [False, True])
+@pytest.mark.parametrize("reported", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", BAD_POLICIES)
 def test_a_bad_policy_is_left_out_and_the_rest_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, reported: bool
@@ -602,6 +607,7 @@ def test_nobody_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "No policy in this comparison starves anybody" in text and "nan" not in text.lower()
 
 
+@pytest.mark.slow
 def test_an_event_file_cut_short_is_drawn_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_runs(tmp_path)
     [events] = (tmp_path / RUNS[0]).glob("events*")
