@@ -206,7 +206,7 @@ class PlanPolicy(Policy):
         self.seconds: float | None = None
         self.rule = self.planner.rule
         short = f"plan:{RulePolicy(base).name}" if base else name
-        super().__init__(short, name, self.planner.identity, self.planner.base)
+        super().__init__(short, name, repr(self.planner).encode(), self.planner.base)
 
     def schedule(
         self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None

@@ -78,7 +78,7 @@ TETRIS, TUNED = 13, 14
 BLOCKING, GREEDY, EASY = range(3)  # what happens while the head does not fit: nothing, anything, backfilling
 FASTEST, BEST_FIT, TUNED_NODE, FIRST, ROUND_ROBIN, RANDOM_NODE = range(6)
 LATENCY, WAIT, SLOWDOWN, TAIL, PLANNED = range(5)
-FAIRNESS = 1.25
+FAIRNESS = 1.25  # planning counts a wait to this power
 SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in parallel job scheduling", 1997
 # What a tuned rule adds up, times weights: TERMS once for the order of heads, once for that of backfilling and once for
 # whether the head gets a reservation (below zero); NODE_TERMS for the choice of its node. The classical orders that
@@ -208,7 +208,8 @@ def dequeue(sim, p, i):
 
 @kernel
 def job_cost(p, i, begin, m):
-    """What a job that begins at that time on that node costs: latency, wait, bounded slowdown, or the wait's square."""
+    """What a job that begins at that time on that node costs: latency, wait, bounded slowdown, the wait's square, or
+    what planning counts."""
     wait = begin - p.jobs[i].submit
     if p.objective == WAIT:
         return wait
@@ -1425,7 +1426,7 @@ def run_times_at(problem, known, jobs, elapsed, shares, found):
 Lookahead = namedtuple("Lookahead", "s known runs ends job node rank gain square stop")
 LOOKAHEAD = np.dtype(
     [("threshold", "f8"), ("drawn", "f8"), ("random", "u8")]
-    + [(name, "i8") for name in "candidates samples seed nodes wait planned deviated rolled taken".split()]
+    + [(name, "i8") for name in "candidates samples seed planned taken".split()]
 )
 LAP, RACE = 4, 2.0  # after so many samples candidates leave that are so many standard errors behind
 SOON = 1e-3  # seconds after now at which a running job ends at the earliest
@@ -1543,9 +1544,9 @@ def find_candidates(sim, q, look, i, m):
             look.rank[c], look.job[c], look.node[c] = look.rank[c - 1], look.job[c - 1], look.node[c - 1]
             c -= 1
         look.rank[c], look.job[c], look.node[c] = value, j, node
-    if ahead.nodes and i >= 0 and fits(sim, q, i, m):
+    if i >= 0 and fits(sim, q, i, m):
         n = add_nodes(sim, q, look, n, i, m)
-    if ahead.wait and i >= 0 and s.running > 0 and (n > 1 or fits(sim, q, i, m)):
+    if i >= 0 and s.running > 0 and (n > 1 or fits(sim, q, i, m)):
         look.job[n], look.node[n] = -1, -1
         n += 1
     return n
@@ -1635,7 +1636,6 @@ def compare_candidates(sim, other, q, look, count):
             look.rank[c] = total
         if look.stop[0]:
             return count, k
-        ahead.rolled += count
         ahead.taken += 1
         for c in range(1, count):
             look.gain[c] += look.rank[c]
@@ -1664,7 +1664,6 @@ def planned_decision(sim, other, q, look, i, m):
         mean, error = lead(look, c, samples)
         if look.gain[c] > look.gain[best] and mean > ahead.threshold * error + 1e-6:
             best = c
-    ahead.deviated += best > 0
     return look.job[best], look.node[best]
 
 

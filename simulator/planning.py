@@ -48,13 +48,6 @@ class Planner:
     samples: int = 16  # of all run times
     threshold: float = 1.0  # by so many standard errors a candidate has to be better than the rule's choice
     seed: int = 1
-    nodes: bool = True
-    wait: bool = True
-
-    @property
-    def identity(self) -> bytes:
-        """Another planner's is another, if it decides differently."""
-        return repr(self).encode()
 
     def __post_init__(self) -> None:
         if self.rule.head == TETRIS:
@@ -93,11 +86,9 @@ def plan(
         imagination = Imagination(problem, planner, run_times)
         plan_run(problem, sim, *imagination.arrays)
         decisions = int(sim.s[0]["decisions"])
-        plan.looks.append(imagination.look.s[0].copy())
         return Schedule(jobs[own], cluster, sim.plan["start"].copy(), sim.plan["node"].copy(), decisions)
 
     segments = workload.segments if segments is None else np.asarray(segments)
-    plan.looks = []
     with compiling(), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, segments))
 
@@ -128,7 +119,7 @@ class Imagination:
             *np.zeros((2, places), np.int64), *np.zeros((3, places)), np.zeros(1, bool),
         )  # fmt: skip
         s = self.look.s[0]
-        for name in ("candidates", "samples", "threshold", "seed", "nodes", "wait"):
+        for name in ("candidates", "samples", "threshold", "seed"):
             s[name] = getattr(planner, name)
         s["drawn"] = np.nan
 

@@ -110,9 +110,9 @@ def test_predicted_starts_by_hand() -> None:
 
 def test_a_planned_order_is_that_of_the_expected_starts() -> None:
     """8 processors, 6 of them taken; every job of the user has taken half of its limit."""
-    finished = [job(10 + k, 1, 600.0, 0.0, 100.0, 400.0) for k in range(300)]
-    running = [job(5, 6, 600.0, 0.0, 900.0)]  # half of its limit has it to 1200
-    pending = [job(1, 8, 600.0), job(2, 2, 60.0), job(3, 4, 120.0), job(4, 9, 60.0)]
+    finished = [slurm_job(10 + k, 1, 600.0, 0.0, 100.0, 400.0) for k in range(300)]
+    running = [slurm_job(5, 6, 600.0, 0.0, 900.0)]  # half of its limit has it to 1200
+    pending = [slurm_job(1, 8, 600.0), slurm_job(2, 2, 60.0), slurm_job(3, 4, 120.0), slurm_job(4, 9, 60.0)]
     order, starts = priority_order(load_policy("plan:easy-fifo"), Snapshot(1000.0, 8, pending, running, finished), 1e9)
     # 2 starts at once. 1 needs all processors and gets them when 5 has ended, 3 comes after it; 4 is too large.
     assert [job.job_id for job in order] == [2, 1, 3, 4]
