@@ -202,7 +202,7 @@ class PlanPolicy(Policy):
             ValueError: an unknown rule, one without an order of jobs, or a number out of range.
         """
         base = name.removeprefix("plan").removeprefix(":")
-        self.planner = Planner(**({"base": base} if base else {}), **settings)
+        self.planner = Planner(base, **settings) if base else Planner(**settings)
         self.seconds: float | None = None
         self.rule = self.planner.rule
         short = f"plan:{RulePolicy(base).name}" if base else name

@@ -51,8 +51,8 @@ class History:
                         executable=job.executable, run_time=run_time, id=job.id,
                     )
                 )  # fmt: skip
-        speed = {node.name: node.speed for node in state.nodes}
-        self.running, self.now = {job.id: (job, speed[job.node]) for job in state.running}, state.now
+        speeds = {node.name: node.speed for node in state.nodes}
+        self.running, self.now = {job.id: (job, speeds[job.node]) for job in state.running}, state.now
         if state.finished or not self.finished:
             return False
         state.finished = list(self.finished)

@@ -66,7 +66,7 @@ class Moment:
         finished = 0 if state.finished is None else len(state.finished)
         ordered = [np.argsort(part.submit_time, kind="stable") for part in parts[-2:]]
         self.numbers, self._first = ordered[1], finished + len(ordered[0])
-        self._finished = finished
+        self._finished, self._cluster = finished, cluster
         order = np.concatenate([np.arange(finished), finished + ordered[0], self._first + ordered[1]])
 
         def joined(field: str) -> np.ndarray:
@@ -120,7 +120,7 @@ class Moment:
         began = time.perf_counter()
         run_times = RunTimes(self.problem)
         run_times.learn(np.arange(self._finished))
-        imagination = Imagination(self.problem, planner, run_times)
+        imagination = Imagination(self.problem, self._cluster, planner, run_times)
         choices, starts = np.empty((len(self.numbers) + 1, 2), np.int64), np.empty((planner.samples, len(self.numbers)))
         timer = threading.Timer(left := (seconds or np.inf) - (time.perf_counter() - began), imagination.stop)
         if left <= 0:

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simulator.arrays import check_workload, job_groups, past_runs, problem_arrays
+from simulator.arrays import check_workload, empty_batch, job_groups, past_runs, problem_arrays
 from simulator.kernels import (
     LATENCY,
     LOOKAHEAD,
     PLANNED,
-    SCALARS,
-    START,
     TETRIS,
     TIMED,
     Lookahead,
@@ -32,7 +30,7 @@ from simulator.replay import Simulator
 from simulator.rules import Rule, parse_rule, uses_history
 from simulator.run_times import RunTimes, ended_before
 from simulator.schedule import Schedule
-from workloads.jobs import Workload
+from workloads.jobs import Cluster, Workload
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,9 @@ def plan(
         )
         run_times = RunTimes(whole)
         run_times.learn(ended_before(jobs, first))
-        history = np.zeros((int(groups.max(initial=-1)) + 1 if uses_history(planner.rule) else 0, 4))
-        recall_all(history, past, float(jobs.submit_time[first]))
-        sim = empty_sim(problem, history)
-        imagination = Imagination(problem, planner, run_times)
+        sim = empty_sim(cluster, last - first, int(groups.max(initial=-1)) + 1 if uses_history(planner.rule) else 0)
+        recall_all(sim.history, past, float(jobs.submit_time[first]))
+        imagination = Imagination(problem, cluster, planner, run_times)
         plan_run(problem, sim, *imagination.arrays)
         decisions = int(sim.s[0]["decisions"])
         return Schedule(jobs[own], cluster, sim.plan["start"].copy(), sim.plan["node"].copy(), decisions)
@@ -93,30 +90,29 @@ def plan(
         return list(pool.map(work, segments))
 
 
-def empty_sim(problem: Problem, history: np.ndarray) -> Sim:
-    """The arrays of one simulation of the problem's jobs."""
-    count, (nodes, resources) = len(problem.jobs), problem.capacity.shape
-    sim = Sim(
-        np.zeros(1, SCALARS), *np.zeros((3, count), np.int64), *np.zeros((2, count)), np.zeros(count, TIMED),
-        np.zeros(count, TIMED), np.zeros((nodes, resources)), np.zeros(resources), np.zeros(resources),
-        np.zeros((nodes, resources)), history, np.zeros(count, START),
-    )  # fmt: skip
-    sim.s["stop"] = count
-    return sim
+def empty_sim(cluster: Cluster, jobs: int, groups: int) -> Sim:
+    """The arrays of one simulation of so many jobs."""
+    s, *rows = empty_batch(1, jobs, cluster, groups)
+    s["stop"] = jobs
+    return Sim(s, *(row[0] for row in rows[:-1]))
 
 
 class Imagination:
     """What planning works on: the problem without its run times, a state to go on from, and what is known."""
 
-    def __init__(self, problem: Problem, planner: Planner, run_times: RunTimes, places: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, cluster: Cluster, planner: Planner, run_times: RunTimes, places: int = 0
+    ) -> None:
+        """`places`: so many candidates at most, unless those that planning itself finds."""
         jobs, count = problem.jobs.copy(), len(problem.jobs)
         jobs["run"] = np.nan
         self.problem = problem._replace(jobs=jobs, objective=PLANNED, recorded=uses_history(planner.rule))
-        self.sim = empty_sim(problem, np.zeros((0, 4)))
+        self.sim = empty_sim(cluster, count, 0)
         places = places or planner.candidates + 2 + len(problem.speed)
         self.look = Lookahead(
-            np.zeros(1, LOOKAHEAD), run_times.known, np.zeros((planner.samples, count)), np.zeros(count, TIMED),
-            *np.zeros((2, places), np.int64), *np.zeros((3, places)), np.zeros(1, bool),
+            s=np.zeros(1, LOOKAHEAD), known=run_times.known, runs=np.zeros((planner.samples, count)),
+            ends=np.zeros(count, TIMED), job=np.zeros(places, np.int64), node=np.zeros(places, np.int64),
+            rank=np.zeros(places), gain=np.zeros(places), square=np.zeros(places), stop=np.zeros(1, bool),
         )  # fmt: skip
         s = self.look.s[0]
         for name in ("candidates", "samples", "threshold", "seed"):
@@ -153,7 +149,7 @@ def planned_gains(simulator: Simulator, planner: Planner, mask: np.ndarray) -> n
         end[sim.queue[: s["queued"]]] = np.inf  # their start is what the reference rule is about to do
         order = np.argsort(end, kind="stable")
         run_times.learn(first + order[: np.searchsorted(end[order], s["now"], side="right")])
-        imagination = Imagination(problem, planner, run_times, mask.shape[1])
+        imagination = Imagination(problem, simulator.cluster, planner, run_times, mask.shape[1])
         imagined = imagination.problem._replace(groups=whole.groups[own], objective=LATENCY)
         action_gains(problem, sim, imagined, imagination.sim, imagination.look, mask[e], gains[e])
     return gains

@@ -32,8 +32,9 @@ class RunTimes:
         count = int(problem.groups.max(initial=-1)) + 1
         self.problem = problem
         self.known = Known(
-            np.zeros((count, KEPT)), np.zeros(count, np.int64), *np.zeros((2, RECENT)), np.zeros(1, np.int64)
-        )
+            ratio=np.zeros((count, KEPT)), count=np.zeros(count, np.int64),
+            ring=np.zeros(RECENT), ordered=np.zeros(RECENT), seen=np.zeros(1, np.int64),
+        )  # fmt: skip
 
     def learn(self, jobs: Sequence[int] | np.ndarray) -> None:
         """These jobs of the problem have finished, in this order."""
