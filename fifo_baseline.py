@@ -1,7 +1,7 @@
 """FIFO, or any other priority rule, run and logged like an agent: the line that a policy has to beat.
 
     python fifo_baseline.py --workload cloud --rules fifo easy-fifo easy-sjf
-    python fifo_baseline.py --workload my_cluster.swf.gz --rules easy-fifo --split test --output results.json
+    python fifo_baseline.py --workload my_cluster.swf.gz --rules easy-fifo plan --split test --output results.json
     tensorboard --logdir runs
 
 A rule replays the split as it came, each segment from an empty machine. In TensorBoard `charts/...` are of one block of
@@ -22,8 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from simulator.replay import simulate
-from simulator.rules import parse_rule
+from policies import load_policy
 from simulator.schedule import Schedule
 from training.folder import new_folder
 from training.logs import log_flags, start_wandb
@@ -52,7 +51,7 @@ class Args:
     workload: str = "cloud"
     """a preset (cloud, hpc, manufacturing, datacenter, tasks) or the path of an SWF trace, plain or gzipped"""
     rules: tuple[str, ...] = ("fifo",)
-    """the rules to run, each logged under its name"""
+    """the rules to run, each logged under its name; `plan` and `plan:RULE` plan ahead over a rule"""
     split: Literal["train", "validation", "test", "all"] = "validation"
     """which part of the trace, or which runs of the preset"""
     output: Path | None = None
@@ -95,7 +94,7 @@ def log(schedules: list[Schedule], writer: SummaryWriter) -> None:
 def run(args: Args) -> dict[str, dict[str, float]]:
     """Replay and log every rule. Returns their figures."""
     workload = load_workload(args.workload, args.split)
-    rules = [parse_rule(name) for name in dict.fromkeys(args.rules)]  # a wrong name ends it before anything is written
+    rules = [load_policy(name) for name in dict.fromkeys(args.rules)]  # a wrong name ends it before anything is written
     if not rules:
         raise ValueError("--rules: none given; name some, such as: fifo easy-fifo")
     workload.report()
@@ -109,12 +108,12 @@ def run(args: Args) -> dict[str, dict[str, float]]:
     results = {}
     bar = Console(stderr=True)
     for rule in track(rules, "Replaying", console=bar, transient=True, disable=not bar.is_terminal):
-        schedules = simulate(workload, rule)
+        schedules = rule.schedule(workload)
         # An event file a rule: TensorBoard overlays their lines.
-        with SummaryWriter(folder / rule.name) as writer:
+        with SummaryWriter(folder / rule.argument) as writer:
             log_flags(writer, asdict(args))
             log(schedules, writer)
-        results[rule.name] = figures(schedules)
+        results[rule.argument] = figures(schedules)
     return results
 
 

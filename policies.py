@@ -1,8 +1,9 @@
-"""What can choose the next job: a rule by name, or a trained policy.onnx by path.
+"""What can choose the next job: a rule by name, planning over a rule, or a trained policy.onnx by path.
 
     from policies import load_policy
     policy = load_policy("runs/cloud__ppo_scheduler__1__1700000000")  # or the policy.onnx in it, or "easy-sjf"
     patient = load_policy("runs/cloud__ppo_scheduler__1__1700000000@12")  # who has waited for 12 hours goes first
+    planned = load_policy("plan")  # or "plan:RULE", "plan:RULE@HOURS": roll-outs of a rule, no training
     [schedule] = policy.schedule(load_workload("my_cluster.swf.gz", "test"))
     action = policy.predict(observation)
     decision = policy.decide(ClusterState(now, cluster, queued, running, start_time, node))  # of a real cluster
@@ -10,6 +11,7 @@
 B counts observations, K the jobs in the window, M nodes, R resources; the action K*M waits for the next event.
 """
 
+import os
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -25,6 +27,7 @@ from scheduler_env import SchedulerVectorEnv
 from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
 from simulator.moment import ClusterState, Moment
 from simulator.observation import Layout, Observation
+from simulator.planning import Planner, plan
 from simulator.replay import simulate
 from simulator.rules import parse_rule
 from simulator.schedule import Schedule
@@ -41,12 +44,22 @@ class PolicyError(ValueError):
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What planning expects of the queued jobs, and on how many samples that is founded."""
+
+    starts: np.ndarray  # float64[Q, 3]: p10, p50 and p90 of when each starts; inf: on no node in use, or no time
+    samples: int  # of the run times, in all choices and here: as many as there was time for
+    wanted: int
+
+
+@dataclass(frozen=True)
 class Decision:
     """What to do in a `ClusterState`. Jobs are numbers into its `queued`, nodes into its cluster's."""
 
     start: list[tuple[int, int]]  # jobs to start now and their nodes, in order
     reserved: tuple[int, int, float] | None  # the job that a node is kept free for, that node, and from when on
     order: np.ndarray  # int64[Q], all queued jobs, the most urgent first: what starts, what is reserved, the rest
+    expected: Expected | None = None  # what planning expects
 
 
 class Policy(ABC):
@@ -133,12 +146,14 @@ def _rule_logits(parts: Observation) -> np.ndarray:
     return 1e9 * choice - 1e3 * np.arange(choice.shape[1], dtype=np.float32)
 
 
-def _decision(moment: Moment, choices: list[tuple[int, int]], order: np.ndarray) -> Decision:
+def _decision(
+    moment: Moment, choices: list[tuple[int, int]], order: np.ndarray, expected: Expected | None = None
+) -> Decision:
     """From what was started or reserved, in order, and the order of all jobs."""
     reserved = moment.reserved
     start = [choice for choice in choices if reserved is None or choice[0] != reserved[0]]
     first = np.array([job for job, _ in start] + ([reserved[0]] if reserved else []), np.int64)
-    return Decision(start, reserved, np.concatenate([first, _without(order, first)]))
+    return Decision(start, reserved, np.concatenate([first, _without(order, first)]), expected)
 
 
 def _without(jobs: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -168,6 +183,49 @@ class RulePolicy(Policy):
 
     def _logits(self, parts: Observation) -> np.ndarray:
         return _rule_logits(parts)
+
+
+class PlanPolicy(Policy):
+    """A rule that looks ahead (see simulator/planning.py).
+
+    Attributes:
+        seconds: what a decision may take; after that the base rule chooses. None: no limit.
+    """
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        """
+        Args:
+            name: "plan", or "plan:RULE" with another rule as its base.
+            settings: other fields of a Planner.
+
+        Raises:
+            ValueError: an unknown rule, one without an order of jobs, or a number out of range.
+        """
+        base = name.removeprefix("plan").removeprefix(":")
+        self.planner = Planner(base, **settings) if base else Planner(**settings)
+        self.seconds: float | None = None
+        self.rule = self.planner.rule
+        short = f"plan:{RulePolicy(base).name}" if base else name
+        super().__init__(short, name, repr(self.planner).encode(), self.planner.base)
+
+    def schedule(
+        self, workload: Workload, segments: np.ndarray | None = None, window: int | None = None
+    ) -> list[Schedule]:
+        return plan(workload, self.planner, segments, threads=os.cpu_count() or 1)
+
+    def decide(self, state: ClusterState, window: int | None = None) -> Decision:
+        moment = Moment(state, self.rule)
+        found = moment.plan(self.planner, self.seconds)
+        order = moment.rule_order()
+        if len(found.starts) == 0:  # no time
+            nothing = Expected(np.full((len(order), 3), np.inf), found.samples, found.wanted)
+            return _decision(moment, found.choices, order, nothing)
+        starts = np.quantile(found.starts, (0.1, 0.5, 0.9), axis=0, method="inverted_cdf").T
+        order = order[np.argsort(starts[order, 1], kind="stable")]
+        return _decision(moment, found.choices, order, Expected(starts, found.samples, found.wanted))
+
+    def _logits(self, parts: Observation) -> np.ndarray:
+        raise PolicyError(f"{self.name}: planning needs a state, not an observation; use decide or schedule")
 
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=10_000)]  # more than that is a damaged number: arrays are as large
@@ -327,13 +385,16 @@ class OnnxPolicy(Policy):
 
 
 def load_policy(name_or_path: str) -> Policy:
-    """The rule of that name, or the trained policy in that file or run folder. Behind either, `@HOURS` is its patience:
+    """The rule of that name, planning over it (`plan:RULE`, or `plan` over the rule that suits most), or the trained
+    policy in that file or run folder. Behind a rule, a file or a folder, `@HOURS` is its patience:
     who has waited for longer goes first (`parse_rule`), which a trained policy otherwise has from where it was trained.
     (The weights of a tuned rule hold one more, which stays: the shorter of the two acts.)
 
     Raises:
         PolicyError: no such rule or file, a file that is no ONNX or none of ours, or made for other features.
     """
+    if name_or_path == "plan" or name_or_path.startswith("plan:"):
+        return _plan_policy(name_or_path)
     if name_or_path.startswith("tuned:"):  # longer than the name of any file
         return _rule_policy(name_or_path)
     if "/" not in name_or_path:
@@ -356,6 +417,13 @@ def _rule_policy(name: str) -> RulePolicy:
         return RulePolicy(name)
     except ValueError as error:
         raise PolicyError(f"{error}; or give the path of a policy.onnx") from None
+
+
+def _plan_policy(name: str) -> PlanPolicy:
+    try:
+        return PlanPolicy(name)
+    except ValueError as error:
+        raise PolicyError(f"{name}: {error}") from None
 
 
 def _with_patience(meta: Metadata, hours: str) -> Metadata:

@@ -19,6 +19,7 @@ from gymnasium.vector.utils import batch_space
 from simulator.gantt import gantt
 from simulator.kernels import Plan
 from simulator.observation import Layout
+from simulator.planning import Planner, planned_gains
 from simulator.replay import Simulator
 from simulator.rules import parse_rule
 from simulator.schedule import OBJECTIVES, Schedule
@@ -53,6 +54,9 @@ class SchedulerVectorEnv(VectorEnv):
         full_rollouts: never stop a roll-out early, where it meets the known trajectory (slower, the same rewards).
         recorded_history: a reference that looks at the history of users takes, for each job, what the trace says was
             known when it was submitted, not what has finished in the simulation: roll-outs can then stop early.
+        planned_gain: `infos["planned_gain"]` float32[num_envs, K*M + 1] tells what planning thinks of each action: by
+            how many seconds less all jobs would take on average if it were taken in place of the reference's own
+            (NaN: forbidden). It costs milliseconds a step.
 
     Observations, masks and rewards are written into the same buffers at every step; copy what you keep. Sub-environment
     i draws its episodes from seed + i alone, so they do not depend on `num_envs` or `num_threads`.
@@ -86,6 +90,7 @@ class SchedulerVectorEnv(VectorEnv):
         num_threads: int | None = None,
         full_rollouts: bool = False,
         recorded_history: bool = False,
+        planned_gain: bool = False,
         render_mode: str | None = None,
     ) -> None:
         _check_numbers(
@@ -113,6 +118,9 @@ class SchedulerVectorEnv(VectorEnv):
         )  # fmt: skip
         full = full_rollouts or lock_in or self._core.rule_uses_history or reward == "cost"
         self._plan = Plan(queue_window, warmup_jobs, num_jobs, followup_jobs, reward == "improvement", full)
+        if planned_gain and lock_in:
+            raise ValueError("planned_gain is True; planning knows no lock_in, so leave one of them out")
+        self._planner = Planner(reference) if planned_gain else None
         self._obs = np.zeros((num_envs, self.layout.size), np.float32)
         self._mask = np.zeros((num_envs, self.layout.actions), bool)
         self._rewards = np.zeros(num_envs)
@@ -138,7 +146,7 @@ class SchedulerVectorEnv(VectorEnv):
                 job = np.asarray(first)[outside][0]
                 raise ValueError(f"first is {job}; no segment of the workload has {self.length} jobs from there on")
         self._reset(np.arange(self.num_envs), first)
-        return self._obs, {"action_mask": self._mask}
+        return self._obs, {"action_mask": self._mask} | self._planned()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision in every environment. Those that end are reset: see `final_obs`, `final_info` and
@@ -156,7 +164,7 @@ class SchedulerVectorEnv(VectorEnv):
                 final["final_schedule"] = self.schedule(e)
                 infos = self._add_info(infos, final, e)
             self._reset(np.setdiff1d(done, self._go_on(done)))
-        infos["action_mask"] = self._mask
+        infos |= {"action_mask": self._mask} | self._planned()
         return self._obs, self._rewards.copy(), self._terminated.copy(), self._truncated.copy(), infos
 
     @property
@@ -210,6 +218,10 @@ class SchedulerVectorEnv(VectorEnv):
             first = [self._draw(self._generators[e]) for e in indices]
         self._core.batch.s["first"][indices] = first
         self._core.reset(indices, self._plan, self._obs, self._mask)
+
+    def _planned(self) -> dict[str, np.ndarray]:
+        """What planning thinks of the actions, if that is wanted."""
+        return {"planned_gain": planned_gains(self._core, self._planner, self._mask)} if self._planner else {}
 
     def _go_on(self, done: np.ndarray) -> np.ndarray:
         """Begin the next episodes of rows that are not over; returns whose."""
@@ -324,16 +336,21 @@ class SchedulerEnv(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.envs.reset(seed=seed, options=options)
-        return self.envs._obs[0].copy(), {"action_mask": self.action_masks()}
+        return self.envs._obs[0].copy(), {"action_mask": self.action_masks()} | self._planned()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         envs = self.envs
         envs._step(np.array([action]))
         terminated, truncated = bool(envs._terminated[0]), bool(envs._truncated[0])
         info = {"action_mask": self.action_masks()}
+        if not (terminated or truncated):
+            info |= self._planned()
         if terminated or truncated:
             info |= envs._final_info(0)
         return envs._obs[0].copy(), float(envs._rewards[0]), terminated, truncated, info
+
+    def _planned(self) -> dict[str, np.ndarray]:
+        return {name: gains[0] for name, gains in self.envs._planned().items()}
 
     def action_masks(self) -> np.ndarray:
         """bool[K*M + 1]: the legal actions."""

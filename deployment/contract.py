@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import numba
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from simulator.moment import ClusterState
 from workloads.jobs import Cluster, Jobs, WorkloadError
@@ -63,7 +63,7 @@ class State(Struct, forbid_unknown_fields=True, gc=False):
     nodes: Annotated[list[Node], Meta(min_length=1)]
     queued: list[QueuedJob] = []
     running: list[RunningJob] = []
-    finished: list[FinishedJob] = []  # in order of their ends; the last two of every user and kind suffice
+    finished: list[FinishedJob] = []  # in order of their ends; the last two, for plan eight, of a user and kind suffice
     resources: list[str] | None = None  # names, for the record
 
 
@@ -83,6 +83,19 @@ class Priority(Struct, gc=False):
     priority: int  # higher first; from the number of queued jobs down to 1
 
 
+class ExpectedStart(Struct, gc=False):
+    job: Id
+    p10: float  # when it starts, if no other job comes: with a chance of 10 % before this, ...
+    p50: float
+    p90: float
+
+
+class Expected(Struct, gc=False):
+    samples: int  # of run times that were tried, of
+    wanted: int  # as many as it would have been with more time
+    starts: list[ExpectedStart]  # of the queued jobs that fit on some node in use; none: there was no time
+
+
 class Answer(Struct, gc=False):
     start: list[Start]  # now, in this order
     reserved: Reservation | None
@@ -90,6 +103,7 @@ class Answer(Struct, gc=False):
     decided_by: str
     policy_version: str
     fallback: str | None = None  # why a rule decided in place of the model
+    expected: Expected | UnsetType = UNSET  # by `plan` only
 
 
 class Observed(Struct, forbid_unknown_fields=True, gc=False):

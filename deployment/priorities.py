@@ -55,7 +55,7 @@ BACKFILL_REFERENCE = "easy-fifo"  # FIFO as Slurm runs it by default, beside str
 @dataclass
 class Args:
     policy: str = "easy-fifo"
-    """the path of a policy.onnx, trained on a trace (one pool of processors), or the name of a rule"""
+    """the path of a policy.onnx, trained on a trace (one pool of processors), the name of a rule, or `plan`"""
     mode: Literal["shadow", "advise", "live"] = "shadow"
     """shadow: log only; advise: set the nice values of pending jobs; live: set their priorities"""
     socket: Path = Path("/run/slurmrestd/slurmrestd.socket")
@@ -93,12 +93,22 @@ def check(args: Args) -> None:
             raise ValueError(f"--{flag} {value}: give {remedy}")
 
 
-def priority_order(policy: Policy, snapshot: Snapshot, max_wait: float) -> list[SlurmJob]:
-    """All jobs to order, most urgent first: who has waited too long, oldest first; then as the policy says."""
-    ordered = [snapshot.pending[i] for i in policy.decide(snapshot.state()).order]
+Range = tuple[float, float, float]  # p10, p50, p90 of a job's start, or three times the same
+
+
+def priority_order(policy: Policy, snapshot: Snapshot, max_wait: float) -> tuple[list[SlurmJob], dict[int, Range]]:
+    """All jobs to order, most urgent first: who has waited too long, oldest first; then as the policy says. And if it
+    plans, when each of them will probably start."""
+    state = snapshot.state()
+    decision = policy.decide(state)
+    ordered = [snapshot.pending[i] for i in decision.order]
     overdue = [job for job in ordered if snapshot.now - job.eligible > max_wait]
     late = {job.job_id for job in overdue}
-    return sorted(overdue, key=lambda job: job.eligible) + [job for job in ordered if job.job_id not in late]
+    order = sorted(overdue, key=lambda job: job.eligible) + [job for job in ordered if job.job_id not in late]
+    if decision.expected is None:
+        return order, {}
+    starts = (decision.expected.starts + (snapshot.now - state.now)).tolist()
+    return order, {job.job_id: tuple(row) for job, row in zip(snapshot.pending, starts, strict=True) if row[2] < np.inf}
 
 
 def relabel(labels: Sequence[int], low: int, high: int) -> list[int]:
@@ -158,7 +168,7 @@ def longest_falling(labels: Sequence[int], low: int, high: int) -> list[int]:
     return chain[::-1]
 
 
-def predicted_starts(snapshot: Snapshot, order: Sequence[SlurmJob]) -> dict[int, float]:
+def predicted_starts(snapshot: Snapshot, order: Sequence[SlurmJob]) -> dict[int, Range]:
     """When each job would start under EASY backfilling in this order, if no other job came, by the simulator.
 
     A job is expected to take as long as the last two of its user with its time limit did, else all of its limit.
@@ -180,8 +190,8 @@ def predicted_starts(snapshot: Snapshot, order: Sequence[SlurmJob]) -> dict[int,
     rule = Rule("order", STATIC, STATIC, EASY)
     workload = Workload("queue", pool(snapshot.processors), jobs, np.array([[0, len(jobs)]]), {})
     [schedule] = simulate(workload, rule, scores=np.arange(len(jobs), dtype=float))
-    starts = dict(zip((job.job_id for job in records), snapshot.now + schedule.start_time, strict=True))
-    return {job.job_id: starts[job.job_id] for job in order if job.job_id in starts}
+    starts = dict(zip((job.job_id for job in records), (snapshot.now + schedule.start_time).tolist(), strict=True))
+    return {job.job_id: (starts[job.job_id],) * 3 for job in order if job.job_id in starts}
 
 
 def hindsight(policy: Policy, finished: Sequence[SlurmJob], processors: int) -> dict[str, float]:
@@ -235,6 +245,9 @@ class Metrics:
         self.wait = named(histogram, "wait_seconds", "From eligible to started", buckets=waits)
         errors = sorted((*waits, 0, *(-bound for bound in waits)))
         self.error = named(histogram, "start_error_seconds", "Start, less the start first predicted", buckets=errors)
+        self.within = named(
+            counter, "starts", "Starts before, within or after p10 to p90 of what planning expected", "where"
+        )
         self.updates = named(counter, "updates_total", "Priorities or nice values set")
         self.refused = named(counter, "refused_total", "Changes that Slurm refused")
         self.failures = named(counter, "failures_total", "Passes that failed, and were tried again later")
@@ -252,13 +265,17 @@ class Metrics:
             self.jobs.labels(state).set(number)
         self.last.set(snapshot.now)
 
-    def note_start(self, job: SlurmJob, predicted: float | None) -> None:
+    def note_start(self, job: SlurmJob, predicted: Range | None) -> None:
         self.started += 1
         self.wait.observe(job.wait)
         self.board.draw({"charts/wait": job.wait}, self.started)
         if predicted is not None:
-            self.error.observe(job.start - predicted)
-            self.board.draw({"charts/start_error": job.start - predicted}, self.started)
+            early, middle, late = predicted
+            self.error.observe(job.start - middle)
+            self.board.draw({"charts/start_error": job.start - middle}, self.started)
+            if early < late:
+                where = "before" if job.start < early else "after" if job.start > late else "within"
+                self.within.labels(where).inc()
 
     def note_hindsight(self, waits: dict[str, float]) -> None:
         for order, wait in waits.items():
@@ -277,7 +294,7 @@ class Agent:
         self.unsent = False
         self.processors = 0
         self.places: dict[int, int] = {}  # pending job -> its place in the policy's order
-        self.predicted: dict[int, float] = {}  # pending job -> when it was first predicted to start
+        self.predicted: dict[int, Range] = {}  # pending job -> when it was first predicted to start
         self.started: set[tuple[int, float]] = set()
         self.finished: OrderedDict[tuple[int, float], SlurmJob] = OrderedDict()
         self.refused: dict[int, float] = {}  # job -> until when it is not tried again
@@ -324,11 +341,11 @@ class Agent:
         snapshot = self.snapshot(records, now)
         self.listed = now
         self.note_starts(snapshot)
-        order = []
+        order: list[SlurmJob] = []
         if snapshot.pending and snapshot.processors:
-            order = priority_order(self.policy, snapshot, self.args.max_wait)
+            order, expected = priority_order(self.policy, snapshot, self.args.max_wait)
             if any(job.job_id not in self.predicted for job in order):
-                self.predicted = predicted_starts(snapshot, order) | self.predicted
+                self.predicted = (expected or predicted_starts(snapshot, order)) | self.predicted
         self.places = {job.job_id: place for place, job in enumerate(order, 1)}
         self.predicted = {job: start for job, start in self.predicted.items() if job in self.places}
         self.send(order)
@@ -382,7 +399,7 @@ class Agent:
             job, predicted = known[key], self.predicted.get(key[0])
             self.metrics.note_start(job, predicted)
             place = f"place {self.places[key[0]]} of {len(self.places)}" if key[0] in self.places else "not yet ordered"
-            guess = f", {job.start - predicted:+.0f} s from the prediction" if predicted else ""
+            guess = f", {job.start - predicted[1]:+.0f} s from the prediction" if predicted else ""
             log.info("Slurm started job %d (%s) after %.0f s%s", key[0], place, job.wait, guess)
         self.started = set(known)
 
@@ -455,7 +472,7 @@ def warm_up(policy: Policy) -> None:
     """Compile all that a pass needs (once; then it is cached), and refuse a policy that was made for other clusters."""
     jobs = [SlurmJob(k, state, "", "", "", "", 0.0, 0.0, 1.0, 60.0, 1) for k, state in enumerate((*PENDING, *FINISHED))]
     snapshot = Snapshot(0.0, 1, jobs[:1], [], jobs[1:])
-    predicted_starts(snapshot, priority_order(policy, snapshot, 1.0))
+    predicted_starts(snapshot, priority_order(policy, snapshot, 1.0)[0])
     hindsight(policy, jobs[1:], 1)
 
 

@@ -24,7 +24,7 @@ from policies import Policy
 
 REQUEST_SECONDS = 10.0  # the head of a connection's first request has to arrive within
 LEAST = {
-    "port": 0, "workers": 1, "deadline_ms": 0.001, "record_bytes": 0, "record_files": 1,
+    "port": 0, "workers": 1, "deadline_ms": 0.001, "plan_budget_ms": 0.001, "record_bytes": 0, "record_files": 1,
     "max_body_bytes": 1, "max_jobs": 1, "max_nodes": 1,
 }  # fmt: skip
 

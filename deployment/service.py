@@ -26,6 +26,8 @@ from deployment.contract import (
     STATES,
     Action,
     Answer,
+    Expected,
+    ExpectedStart,
     Job,
     Node,
     Observed,
@@ -39,7 +41,8 @@ from deployment.contract import (
     decode,
     to_jobs,
 )
-from policies import Decision, OnnxPolicy, Policy, RulePolicy, load_policy
+from deployment.history import History
+from policies import Decision, OnnxPolicy, PlanPolicy, Policy, RulePolicy, load_policy
 from simulator.moment import ClusterState, Moment
 from simulator.observation import Layout
 from simulator.rules import parse_rule
@@ -53,7 +56,8 @@ RELOAD_SECONDS = 1.0  # how often the policy's file is looked at
 @dataclass
 class Args:
     policy: str
-    """path of a policy.onnx, or the name of a rule; with @HOURS behind it who has waited for longer goes first"""
+    """path of a policy.onnx, or the name of a rule; with @HOURS behind it who has waited for longer goes first; or
+    `plan` or `plan:RULE`, which plans ahead over a rule"""
     host: str = "127.0.0.1"
     """address to listen on; other than loopback needs --token-file"""
     port: int = 8000
@@ -66,6 +70,8 @@ class Args:
     """so many processes share the work"""
     deadline_ms: float = 100.0
     """if the model takes longer, the answer comes from its reference rule"""
+    plan_budget_ms: float = 50.0
+    """planning takes so long at most, with as many samples as fit; what is left to decide then its base rule decides"""
     record: Path | None = None
     """append every state and its decision here, as JSON lines; load_workload reads them back"""
     record_bytes: int = 100_000_000
@@ -199,6 +205,9 @@ class Service:
         self.path = getattr(policy or load_policy(args.policy), "path", None)  # a rule has none
         self.seen = seen if policy else self._look()
         self._use(Model.tried(policy or load_policy(args.policy)))
+        self.history = History()
+        if args.record:
+            self.history.read_back(args.record)
         limits, failures = (args.record_bytes, args.record_files), self.metrics.unrecorded
         self.recorder = Recorder(args.record, *limits, failures) if args.record else None
         self.watchdog = Watchdog(args.deadline_ms / 1e3)
@@ -218,6 +227,8 @@ class Service:
             if len(getattr(state, part)) > (limit := args.max_nodes if part == "nodes" else args.max_jobs):
                 raise Refused((part,), f"more than {limit}")
         cluster, resources = cluster_state(state), len(state.nodes[0].capacity)
+        if isinstance(model.policy, PlanPolicy) and self.history.complete(state):
+            cluster = cluster_state(state)
         if isinstance(model.policy, OnnxPolicy) and resources != model.policy.metadata.resources:
             problem = f"{resources} resources, and the policy was made for {model.policy.metadata.resources}"
             raise Refused(("nodes", 0, "capacity"), problem)
@@ -236,6 +247,8 @@ class Service:
         """
         asked: Observed = decode(OBSERVATIONS, body)
         model = self.model
+        if isinstance(model.policy, PlanPolicy):
+            raise Refused(("observation",), "planning needs a state; send that to /v1/decisions")
         known = model.policy.layout or Layout(asked.queue_window or 1, asked.nodes or 1, asked.resources or 1)
         layout = Layout(
             asked.queue_window or known.window, asked.nodes or known.nodes, asked.resources or known.resources
@@ -289,6 +302,8 @@ class Service:
 
     def _use(self, model: Model) -> None:
         self.model = model
+        if isinstance(model.policy, PlanPolicy):
+            model.policy.seconds = self.args.plan_budget_ms / 1e3
         self.metrics.policy.info({"name": model.policy.name.partition(":")[0], "version": model.version})
 
     def _look(self) -> tuple[int, ...]:
@@ -347,7 +362,13 @@ def _answer(state: State, decision: Decision, decided_by: str, version: str, fal
         reserved = Reservation(jobs[job].id, nodes[node].name, when)
     levels = range(len(jobs), 0, -1)
     priorities = [Priority(jobs[job].id, level) for job, level in zip(decision.order.tolist(), levels, strict=True)]
-    return Answer(start, reserved, priorities, decided_by, version, fallback)
+    answer = Answer(start, reserved, priorities, decided_by, version, fallback)
+    if found := decision.expected:
+        starts = [
+            ExpectedStart(job.id, *row) for job, row in zip(jobs, found.starts.tolist(), strict=True) if row[2] < np.inf
+        ]
+        answer.expected = Expected(found.samples, found.wanted, starts)
+    return answer
 
 
 def _record(body: bytes, answer: bytes) -> str:

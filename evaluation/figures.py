@@ -35,7 +35,7 @@ from evaluation.statistics import (
     quantile_resamples,
     summary,
 )
-from policies import OnnxPolicy, Policy
+from policies import OnnxPolicy, PlanPolicy, Policy, RulePolicy
 from simulator.arrays import job_size
 from simulator.kernels import JOB_FEATURES
 from simulator.schedule import METRIC
@@ -51,11 +51,12 @@ def add_figures(
     """Add to the results of a comparison what only a report needs."""
     headline, metric = replays[Scenario(args.protocol, args.load)], METRIC[args.objective]
     networks = {name: policy for name, policy in policies.items() if isinstance(policy, OnnxPolicy)}
-    rules = [name for name in policies if name not in networks]
+    rules = [name for name, policy in policies.items() if isinstance(policy, RulePolicy)]
     best_rule = min(rules, key=lambda rule: results["policies"][rule][metric]["mean"])
     results |= {
         "objective": args.objective, "best_rule": best_rule,
         "trained": {name: trained(policy) for name, policy in networks.items()},
+        "planned": [name for name, policy in policies.items() if isinstance(policy, PlanPolicy)],
         "quantiles": {name: quantiles(headline, name, args.seed) for name in policies},
         "against": {rule: against(headline.per_block, rule, args.seed) for rule in dict.fromkeys(("fifo", best_rule))},
         "bound": bound(headline, args.objective, results),
@@ -81,10 +82,12 @@ def trained(policy: OnnxPolicy) -> dict[str, Any]:
 
 
 def shown_policies(results: dict[str, Any]) -> list[str]:
-    """Eight lines are as many as a plot can hold: the baselines, the trained ones and the best of the rest."""
+    """Eight lines are as many as a plot can hold: the baselines, the trained and planned ones and the best of the
+    rest."""
     metric = METRIC[results["objective"]]
     cost = {name: found[metric]["mean"] for name, found in results["policies"].items()}
-    wanted = [*BASELINES, results["best_rule"], *results["trained"], *sorted(cost, key=cost.__getitem__)]
+    own = [*results["trained"], *results["planned"]]
+    wanted = [*BASELINES, results["best_rule"], *own, *sorted(cost, key=cost.__getitem__)]
     shown = list(dict.fromkeys(wanted))[:8]
     return [name for name in cost if name in shown]
 

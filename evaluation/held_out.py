@@ -23,8 +23,8 @@ class Compare:
     workload: str = "cloud"
     """a preset (cloud, hpc, manufacturing, datacenter, tasks) or the path of an SWF trace, plain or gzipped"""
     policies: tuple[str, ...] = ("fifo", "easy-fifo", "easy-sjf")
-    """rules, run folders and paths of policy.onnx, each with its own patience if @HOURS is behind it; `all` is every
-    rule; the first is what the others differ from"""
+    """rules, run folders and paths of policy.onnx, each with its own patience if @HOURS is behind it; `plan` or
+    `plan:RULE`, which plans ahead over a rule; `all` is every rule; the first is what the others differ from"""
     protocol: Literal["continuous", "windows"] = "continuous"
     """replay the split as one run, or windows of it from an empty machine, as the literature does"""
     split: Literal["test", "validation"] = "test"

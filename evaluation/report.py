@@ -83,7 +83,8 @@ def _busy_window(
         return None
     order = np.argsort(windows.per_block["fifo"][:, METRICS.index("wait")], kind="stable")
     busy = order[int(0.9 * len(order))]
-    trained = [name for name in shown_policies(results) if name in results["trained"]]
+    own = {*results["trained"], *results["planned"]}
+    trained = [name for name in shown_policies(results) if name in own]
     drawn = list(dict.fromkeys(["fifo", *trained, results["best_rule"]]))[:3]
     return {name: windows.schedules[name][busy] for name in drawn}
 
@@ -138,10 +139,11 @@ def share(value: float) -> str:
 
 
 def _verdict(results: dict[str, Any], look: Look) -> str:
-    """The report in a sentence: the best trained policy, or where there is none the best rule."""
+    """The report in a sentence: the best policy that is trained or plans, or where there is none the best rule."""
     metric, best = METRIC[results["objective"]], results["best_rule"]
     mean = {name: figures[metric]["mean"] for name, figures in results["policies"].items()}
-    winner = min(results["trained"] or mean, key=lambda name: mean[name])
+    contenders = [*results["trained"], *results["planned"]]
+    winner = min(contenders or mean, key=lambda name: mean[name])
     text = f"{look.labels[winner]} has a mean {results['objective']} of {_with_unit(mean[winner], metric)}"
     for rule, figures in results["against"].items():
         figure = figures[winner][metric]
@@ -152,8 +154,9 @@ def _verdict(results: dict[str, Any], look: Look) -> str:
         if low is not None:
             luck = "" if low * high > 0 else ", which may be luck"
             text += f" (95\u00a0% interval {_percent(low)} … {_percent(high)}{luck})"
-    if len(results["trained"]) > 1:
-        text += f"; it is the best of {len(results['trained'])} trained policies, picked on these very jobs"
+    if len(contenders) > 1:
+        kind = "policies that are trained or plan" if results["planned"] else "trained policies"
+        text += f"; it is the best of {len(contenders)} {kind}, picked on these very jobs"
     if winner == best:
         text += f"; it is the best of the {len(mean)} policies compared"
     return f"{text}."
@@ -317,7 +320,7 @@ def agreement(results: dict[str, Any], look: Look) -> str:
 def _at_loads(results: dict[str, Any], look: Look) -> list[str]:
     """Where the load decides whether a policy waits longer than easy-fifo, in plain words."""
     text = []
-    for name in dict.fromkeys((results["best_rule"], *results["trained"])):
+    for name in dict.fromkeys((results["best_rule"], *results["trained"], *results["planned"])):
         figures = {point["factor"]: point["policies"][name]["to_easy_fifo"] for point in results["loads"]}
         better = [load for load, figure in figures.items() if figure["side"] < 0]
         worse = [load for load, figure in figures.items() if figure["side"] > 0]
@@ -353,7 +356,7 @@ def _learning(results: dict[str, Any], look: Look) -> Section:
             text += f" It was not trained for the {results['objective']}, which this report is about."
         section.text.append(text)
     if not results["trained"]:
-        section.text.append("None in this comparison: all are rules. Name a run's folder in --policies.")
+        section.text.append("None in this comparison. Name a run's folder in --policies.")
     section.plots += [attention(results, name, look) for name, found in results["plots"]["attention"].items() if found]
     curves = {name: found for name, found in results["plots"]["learning"].items() if found["scalars"]}
     if curves:

@@ -77,7 +77,8 @@ FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, S
 TETRIS, TUNED = 13, 14
 BLOCKING, GREEDY, EASY = range(3)  # what happens while the head does not fit: nothing, anything, backfilling
 FASTEST, BEST_FIT, TUNED_NODE, FIRST, ROUND_ROBIN, RANDOM_NODE = range(6)
-LATENCY, WAIT, SLOWDOWN, TAIL = range(4)
+LATENCY, WAIT, SLOWDOWN, TAIL, PLANNED = range(5)
+FAIRNESS = 1.25  # planning counts a wait to this power
 SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in parallel job scheduling", 1997
 # What a tuned rule adds up, times weights: TERMS once for the order of heads, once for that of backfilling and once for
 # whether the head gets a reservation (below zero); NODE_TERMS for the choice of its node. The classical orders that
@@ -207,12 +208,15 @@ def dequeue(sim, p, i):
 
 @kernel
 def job_cost(p, i, begin, m):
-    """What a job that begins at that time on that node costs: latency, wait, bounded slowdown, or the wait's square."""
+    """What a job that begins at that time on that node costs: latency, wait, bounded slowdown, the wait's square, or
+    what planning counts."""
     wait = begin - p.jobs[i].submit
     if p.objective == WAIT:
         return wait
     if p.objective == TAIL:
         return wait * wait
+    if p.objective == PLANNED:
+        return wait**FAIRNESS + p.jobs[i].run / p.speed[m]
     latency = wait + p.jobs[i].run / p.speed[m]
     if p.objective == LATENCY:
         return latency
@@ -1307,6 +1311,459 @@ def rule_scores(problem, simulation, scores):
             scores[k] = np.inf
         else:
             scores[k] = head_score(sim, p, i)
+
+
+# ------------------------------------------------------------------------------------------- run times that may be
+# What is known of run times, as ratios of run time to request: of each group (of `groups`) those of its last KEPT jobs
+# that have finished, a ring, and how many there were; of everybody the last RECENT, a ring and sorted, and how many.
+Known = namedtuple("Known", "ratio count ring ordered seen")
+KEPT, RECENT = 8, 256
+ENOUGH = 3  # so many of the same user and request, or else all of the user's count
+PRIOR = 2.0  # and everybody's together as much as so many
+
+
+@kernel
+def asked(p, i):
+    """What job i requests, in seconds (in some published sequences it is -1: then ratios are run times)."""
+    return p.jobs[i].requested if p.jobs[i].requested > 0 else 1.0
+
+
+@kernel
+def learn(known, p, i):
+    """Job i has finished."""
+    ratio = p.jobs[i].run / asked(p, i)
+    for c in range(2):
+        g = p.groups[i, c]
+        if g >= 0:
+            known.ratio[g, known.count[g] % KEPT] = ratio
+            known.count[g] += 1
+    slot, k = known.seen[0] % RECENT, min(known.seen[0], RECENT)
+    if k == RECENT:  # the oldest leaves
+        k = first_above(known.ordered, RECENT, known.ring[slot]) - 1
+        for j in range(k, RECENT - 1):
+            known.ordered[j] = known.ordered[j + 1]
+        k = RECENT - 1
+    while k > 0 and known.ordered[k - 1] > ratio:
+        known.ordered[k] = known.ordered[k - 1]
+        k -= 1
+    known.ordered[k], known.ring[slot] = ratio, ratio
+    known.seen[0] += 1
+
+
+@kernel
+def first_above(values, count, least):
+    """The first position of the ascending values[:count] that is above `least`."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if values[middle] <= least:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel
+def run_time_at(known, p, i, elapsed, share):
+    """What job i may take on a node of speed 1, having run there for `elapsed`: the run time at `share` (0 to 1) of
+    those that are possible, in no order.
+
+    They are its request times each ratio of its group, and of everybody, that leads to more than `elapsed`. A job that
+    has outlived them all takes half as long again, but ends by its request if that is still to come.
+    """
+    requested = asked(p, i)
+    least = elapsed / requested
+    g = p.groups[i, 1]
+    if g < 0 or known.count[g] < ENOUGH:
+        g = p.groups[i, 0]
+    own = 0
+    count = min(known.count[g], KEPT) if g >= 0 else 0
+    for k in range(count):
+        own += known.ratio[g, k] > least
+    all_of_them = min(known.seen[0], RECENT)
+    first = first_above(known.ordered, all_of_them, least)
+    weight = PRIOR / max(all_of_them, 1)
+    at = share * (own + weight * (all_of_them - first))
+    if at < own:
+        for k in range(count):
+            at -= known.ratio[g, k] > least
+            if at < 0:
+                return known.ratio[g, k] * requested
+    if first < all_of_them:
+        return known.ordered[min(first + int((at - own) / weight), all_of_them - 1)] * requested
+    if all_of_them == 0 and elapsed < requested:
+        return requested
+    return 1.5 * elapsed if requested <= elapsed else min(1.5 * elapsed, requested)
+
+
+@entry
+def learn_all(problem, known, jobs):
+    """These jobs have finished, in this order."""
+    p = by_reference(problem)
+    for i in jobs:
+        learn(known, p, i)
+
+
+@entry
+def run_times_at(problem, known, jobs, elapsed, shares, found):
+    """found[j, k] = what jobs[j], which has run for elapsed[j], may take, at shares[k]."""
+    p = by_reference(problem)
+    for j in range(jobs.shape[0]):
+        for k in range(shares.shape[0]):
+            found[j, k] = run_time_at(known, p, jobs[j], elapsed[j], shares[k])
+
+
+# -------------------------------------------------------------------------------------------------------- planning
+# A roll-out algorithm (Bertsekas, Tsitsiklis & Wu 1997): what would come of each of a few candidates if the rule went
+# on from there until the present queue is empty? Run times are drawn, `samples` times, the same for all candidates.
+#
+# The real run time of a job that has not finished must not tell: planning sees the state (but for `ends`, which are
+# real), and the problem `q` whose jobs have no run times but those that it draws.
+#
+# s, one record; runs[k, i], the run time of job i in sample k; the running jobs by their ends in the sample at hand;
+# of each candidate its job (-1: wait), its node, its rank, and the sum and the sum of squares of what it gains; and
+# whether the time is up.
+Lookahead = namedtuple("Lookahead", "s known runs ends job node rank gain square stop")
+LOOKAHEAD = np.dtype(
+    [("threshold", "f8"), ("drawn", "f8"), ("random", "u8")]
+    + [(name, "i8") for name in "candidates samples seed planned taken".split()]
+)
+LAP, RACE = 4, 2.0  # after so many samples candidates leave that are so many standard errors behind
+SOON = 1e-3  # seconds after now at which a running job ends at the earliest
+
+
+@kernel
+def uniform(s):
+    """The next number, 0 <= u < 1, of splitmix64 (Steele, Lea & Flood 2014)."""
+    s.random += np.uint64(0x9E3779B97F4A7C15)
+    z = s.random
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+@kernel
+def draw_runs(sim, q, look):
+    """Draw the run times of all that waits or runs, once an instant: the same state and seed give the same ones."""
+    s, ahead = sim.s[0], look.s[0]
+    if ahead.drawn == s.now:
+        return
+    ahead.drawn = s.now
+    ahead.random = np.uint64(ahead.seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(np.int64(1024 * s.now))
+    for j in range(s.queued):
+        i = sim.queue[j]
+        for k in range(ahead.samples):
+            look.runs[k, i] = run_time_at(look.known, q, i, 0.0, uniform(ahead))
+    for j in range(s.running):
+        i = sim.dues[j].job
+        elapsed = (s.now - sim.plan[i].start) * q.speed[sim.plan[i].node]
+        for k in range(ahead.samples):
+            look.runs[k, i] = run_time_at(look.known, q, i, elapsed, uniform(ahead))
+
+
+@kernel
+def imagine(sim, q, look, k):
+    """Let the jobs have the run times of sample k."""
+    s = sim.s[0]
+    for j in range(s.queued):
+        q.jobs[sim.queue[j]].run = look.runs[k, sim.queue[j]]
+    for j in range(s.running):
+        i = sim.dues[j].job  # in the order in which they are due, not in that of their real ends
+        q.jobs[i].run = look.runs[k, i]
+        end = max(sim.plan[i].start + look.runs[k, i] / q.speed[sim.plan[i].node], s.now + SOON)
+        c = j
+        while c > 0 and look.ends[c - 1].time <= end:
+            look.ends[c].time, look.ends[c].job = look.ends[c - 1].time, look.ends[c - 1].job
+            c -= 1
+        look.ends[c].time, look.ends[c].job = end, i
+
+
+@kernel
+def enter(sim, other, look):
+    """Copy the state into the one to imagine in, with the ends of the sample at hand."""
+    copy_sim(sim, other)
+    for k in range(sim.s[0].running):
+        other.ends[k].time, other.ends[k].job = look.ends[k].time, look.ends[k].job
+    other.s[0].gain, other.s[0].clear, other.s[0].stop = 0.0, -np.inf, sim.s[0].arrived
+
+
+@kernel
+def go_on(other, q, look, full):
+    """Follow the rule until the queue is empty or, unless `full`, the trajectory meets the one before (`run_rule`)."""
+    t = other.s[0]
+    while t.queued > 0 and not look.stop[0]:
+        i, m = rule_decision(other, q)
+        if i >= 0:
+            act(other, q, i, m)
+        elif (not full and t.now >= t.clear and not overtaken(other)) or not next_event(other, q):
+            return
+
+
+@kernel
+def try_out(sim, other, q, look, i, m, full):
+    """Start or reserve (i, m), or wait, in the sample at hand, and go on. Returns what that costs less than the
+    trajectory before, which was in other.plan (`begin`)."""
+    enter(sim, other, look)
+    if i >= 0:
+        act(other, q, i, m)
+    else:
+        next_event(other, q)
+    go_on(other, q, look, full)
+    return other.s[0].gain
+
+
+@kernel
+def show_running(sim, other):
+    """Let the imagined state know where the running jobs run, and since when."""
+    for k in range(sim.s[0].running):
+        i = sim.dues[k].job
+        other.plan[i].start, other.plan[i].node = sim.plan[i].start, sim.plan[i].node
+
+
+@kernel
+def find_candidates(sim, q, look, i, m):
+    """Candidate 0 is what the rule does, (i, m); then come the first other jobs in its order that may start now, and
+    other nodes. Returns how many there are."""
+    s, ahead = sim.s[0], look.s[0]
+    look.job[0], look.node[0] = i, m
+    n = 1
+    find_most(sim)
+    for k in range(s.queued):
+        j = sim.queue[k]
+        if j == i or not within_most(sim, q, j):
+            continue
+        value = head_score(sim, q, j) if s.reserved < 0 else backfill_score(sim, q, j)
+        if n > ahead.candidates and value >= look.rank[n - 1]:
+            continue
+        node = choose_node(sim, q, j)
+        if node < 0:
+            continue
+        n = min(n + 1, ahead.candidates + 1)
+        c = n - 1
+        while c > 1 and look.rank[c - 1] > value:
+            look.rank[c], look.job[c], look.node[c] = look.rank[c - 1], look.job[c - 1], look.node[c - 1]
+            c -= 1
+        look.rank[c], look.job[c], look.node[c] = value, j, node
+    if i >= 0 and fits(sim, q, i, m):
+        n = add_nodes(sim, q, look, n, i, m)
+    if i >= 0 and s.running > 0 and (n > 1 or fits(sim, q, i, m)):
+        look.job[n], look.node[n] = -1, -1
+        n += 1
+    return n
+
+
+@kernel
+def add_nodes(sim, q, look, n, i, m):
+    """Of each other kind of node the first that job i may start on."""
+    first = n
+    for a in range(q.speed.shape[0]):
+        new = a != m and not alike(q, a, m) and allowed(sim, q, i, a)
+        for c in range(first, n):
+            new = new and not alike(q, a, look.node[c])
+        if new:
+            look.job[n], look.node[n] = i, a
+            n += 1
+    return n
+
+
+@kernel
+def alike(q, a, b):
+    """Whether two nodes are of one kind."""
+    if q.speed[a] != q.speed[b]:
+        return False
+    for r in range(q.demand.shape[1]):
+        if q.capacity[a, r] != q.capacity[b, r]:
+            return False
+    return True
+
+
+@kernel
+def all_fit(sim, q):
+    """Whether all that waits fits at once on the only node: then the order does not matter."""
+    if q.speed.shape[0] > 1:
+        return False
+    for r in range(q.demand.shape[1]):
+        total = 0.0
+        for k in range(sim.s[0].queued):
+            total += q.demand[sim.queue[k], r]
+        if total > sim.free[0, r] + 1e-9:
+            return False
+    return True
+
+
+@kernel
+def lead(look, c, samples):
+    """What candidate c gains on average, and the standard error of that."""
+    mean = look.gain[c] / samples
+    return mean, np.sqrt(max(look.square[c] / samples - mean * mean, 0.0) / max(samples - 1, 1))
+
+
+@kernel
+def drop_losers(look, count, samples):
+    """Forget the candidates that are worse than the best by more than RACE standard errors; returns how many stay."""
+    best = 0.0
+    for c in range(1, count):
+        best = max(best, look.gain[c] / samples)
+    n = 1
+    for c in range(1, count):
+        mean, error = lead(look, c, samples)
+        if mean + RACE * error >= best:
+            look.job[n], look.node[n], look.gain[n], look.square[n] = (
+                look.job[c],
+                look.node[c],
+                look.gain[c],
+                look.square[c],
+            )
+            n += 1
+    return n
+
+
+@kernel
+def compare_candidates(sim, other, q, look, count):
+    """Try all candidates in as many samples as there is time for, the losers in a few only; returns how many candidates
+    are left, and the number of samples."""
+    ahead = look.s[0]
+    draw_runs(sim, q, look)
+    show_running(sim, other)
+    for c in range(count):
+        look.gain[c] = look.square[c] = 0.0
+    for k in range(ahead.samples):
+        imagine(sim, q, look, k)
+        try_out(sim, other, q, look, look.job[0], look.node[0], 1)
+        total = 0.0
+        for c in range(1, count):
+            total += try_out(sim, other, q, look, look.job[c], look.node[c], 0)
+            look.rank[c] = total
+        if look.stop[0]:
+            return count, k
+        ahead.taken += 1
+        for c in range(1, count):
+            look.gain[c] += look.rank[c]
+            look.square[c] += look.rank[c] * look.rank[c]
+        if k % LAP == LAP - 1:
+            count = drop_losers(look, count, k + 1)
+            if count == 1:
+                return count, k + 1
+    return count, ahead.samples
+
+
+@kernel
+def planned_decision(sim, other, q, look, i, m):
+    """What to do in place of (i, m), which the rule would: the candidate that gains most on average, if that is by more
+    than `threshold` standard errors."""
+    ahead = look.s[0]
+    if sim.s[0].queued == 0 or look.stop[0] or ahead.threshold == np.inf or overdue(sim, q) or all_fit(sim, q):
+        return i, m
+    count = find_candidates(sim, q, look, i, m)
+    if count == 1:
+        return i, m
+    ahead.planned += 1
+    count, samples = compare_candidates(sim, other, q, look, count)
+    best = 0
+    for c in range(1, count):
+        mean, error = lead(look, c, samples)
+        if look.gain[c] > look.gain[best] and mean > ahead.threshold * error + 1e-6:
+            best = c
+    return look.job[best], look.node[best]
+
+
+@kernel
+def recall_estimates(sim, p, q):
+    """In the imagined state no history goes on: the rule's estimates stay what they are."""
+    if q.recorded:
+        for k in range(sim.s[0].queued):
+            q.jobs[sim.queue[k]].recorded = estimate(sim, p, sim.queue[k])
+
+
+@kernel
+def planned_choice(sim, p, other, q, look):
+    """What planning does next: start or reserve (job, node); (-1, -1): wait for the next event."""
+    recall_estimates(sim, p, q)
+    i, m = rule_decision(sim, p)
+    return planned_decision(sim, other, q, look, i, m)
+
+
+@entry
+def action_gains(problem, simulation, imagined, imaginary, look, mask, gains):
+    """gains[a]: what each legal action costs less on average than what the rule does; NaN for those that are not."""
+    p, sim, q, other = by_reference(problem), by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    recall_estimates(sim, p, q)
+    draw_runs(sim, q, look)
+    show_running(sim, other)
+    nodes, samples = p.speed.shape[0], look.s[0].samples
+    for a in range(mask.shape[0]):
+        gains[a] = 0.0 if mask[a] else np.nan
+    for k in range(samples):
+        imagine(sim, q, look, k)
+        try_out(sim, other, q, look, sim.s[0].rule_job, sim.s[0].rule_node, 1)
+        total = 0.0
+        for a in range(mask.shape[0]):
+            if mask[a]:
+                i = sim.seen[a // nodes] if a < mask.shape[0] - 1 else -1
+                total += try_out(sim, other, q, look, i, a % nodes, 0)
+                gains[a] += total / samples
+
+
+@entry
+def recall_all(history, past, now):
+    """What had ended by now, of all groups."""
+    for g in range(history.shape[0]):
+        recall(history[g], past, g, now)
+
+
+@entry
+def plan_run(problem, simulation, imagined, imaginary, look):
+    """Schedule all jobs of the problem from an empty machine."""
+    p, sim, q, other = by_reference(problem), by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    clear_sim(sim, p)
+    s = sim.s[0]
+    while True:
+        i, m = planned_choice(sim, p, other, q, look)
+        if i >= 0:
+            act(sim, p, i, m)
+            s.decisions += 1
+            continue
+        before = s.running
+        if not next_event(sim, p):
+            return
+        for k in range(before - 1, s.running - 1, -1):
+            learn(look.known, p, sim.ends[k].job)
+
+
+@entry
+def plan_moment(problem, simulation, imagined, imaginary, look, choices):
+    """As `follow_rule`, with planning."""
+    p, sim, q, other = by_reference(problem), by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    n = 0
+    while n < choices.shape[0]:
+        i, m = planned_choice(sim, p, other, q, look)
+        if i < 0:
+            break
+        act(sim, p, i, m)
+        choices[n, 0], choices[n, 1] = i, m
+        n += 1
+    return n
+
+
+@entry
+def forecast(simulation, imagined, imaginary, look, starts):
+    """starts[k, j]: when the j-th of the last jobs has started or would in sample k if the rule went on from here
+    (infinite: it fits on no node). Returns how many samples there was time for."""
+    sim, q, other = by_reference(simulation), by_reference(imagined), by_reference(imaginary)
+    s, first = sim.s[0], q.jobs.shape[0] - starts.shape[1]
+    draw_runs(sim, q, look)
+    show_running(sim, other)
+    for k in range(look.s[0].samples):
+        imagine(sim, q, look, k)
+        enter(sim, other, look)
+        go_on(other, q, look, 1)
+        if look.stop[0]:
+            return k
+        for j in range(starts.shape[1]):
+            starts[k, j] = sim.plan[first + j].start
+        for j in range(s.queued):
+            starts[k, sim.queue[j] - first] = other.plan[sim.queue[j]].start
+    return look.s[0].samples
 
 
 class compiling:

@@ -1,5 +1,7 @@
 """One moment of a real cluster, and what a rule or an agent would do there."""
 
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +11,17 @@ from simulator.kernels import (
     act_at_moment,
     compiling,
     follow_rule,
+    forecast,
     look_at_moment,
     observe_moment,
+    plan_moment,
     restore,
     rule_scores,
 )
 from simulator.observation import Layout
+from simulator.planning import Imagination, Planner
 from simulator.rules import Rule
+from simulator.run_times import RunTimes
 from workloads.jobs import Cluster, Jobs
 
 
@@ -33,8 +39,18 @@ class ClusterState:
     running: Jobs
     start_time: np.ndarray  # float64[running]
     node: np.ndarray  # int[running], their nodes
-    finished: Jobs | None = None  # in order of their ends: what is known of their users; the last two of a kind suffice
+    finished: Jobs | None = None  # in order of their ends: what is known of their users; eight of a kind suffice
     free: np.ndarray | None = None  # float64[M, R]; None: what the running jobs leave; less: not in use for now
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What planning does at a moment, and when it expects the others to start."""
+
+    choices: list[tuple[int, int]]  # the jobs and nodes, in order, that it starts or reserves
+    starts: np.ndarray  # float64[samples, Q]: when each queued job starts in each sample; inf: on no node in use
+    samples: int  # how many were taken for the choices and for `starts`
+    wanted: int  # how many would have been
 
 
 class Moment:
@@ -49,6 +65,7 @@ class Moment:
         finished = 0 if state.finished is None else len(state.finished)
         ordered = [np.argsort(part.submit_time, kind="stable") for part in parts[-2:]]
         self.numbers, self._first = ordered[1], finished + len(ordered[0])
+        self._finished, self._cluster = finished, cluster
         order = np.concatenate([np.arange(finished), finished + ordered[0], self._first + ordered[1]])
 
         def joined(field: str) -> np.ndarray:
@@ -95,6 +112,29 @@ class Moment:
         choices = np.empty((len(self.numbers) + 1, 2), np.int64)
         count = follow_rule(self.problem, self.sim, choices)
         return [(self._number(job), int(node)) for job, node in choices[:count]]
+
+    def plan(self, planner: Planner, seconds: float | None = None) -> Plan:
+        """Do what planning does now. After so many seconds the choices are the base's."""
+        began = time.perf_counter()
+        run_times = RunTimes(self.problem)
+        run_times.learn(np.arange(self._finished))
+        imagination = Imagination(self.problem, self._cluster, planner, run_times)
+        choices, starts = np.empty((len(self.numbers) + 1, 2), np.int64), np.empty((planner.samples, len(self.numbers)))
+        timer = threading.Timer(left := (seconds or np.inf) - (time.perf_counter() - began), imagination.stop)
+        if left <= 0:
+            imagination.stop()
+        elif left < np.inf:
+            timer.start()
+        with compiling():
+            count = plan_moment(self.problem, self.sim, *imagination.arrays, choices)
+            samples = forecast(self.sim, *imagination.arrays, starts)
+        timer.cancel()
+        s = imagination.look.s[0]
+        in_state = np.empty((samples, len(self.numbers)))
+        in_state[:, self.numbers] = starts[:samples]
+        wanted = planner.samples * (int(s["planned"]) + 1)
+        chosen = [(self._number(job), int(node)) for job, node in choices[:count]]
+        return Plan(chosen, in_state, int(s["taken"]) + samples, wanted)
 
     def visible(self, window: int) -> np.ndarray:
         """int64[...]: the jobs in the window of an agent, in the order of its actions."""

@@ -10,7 +10,7 @@ import pytest
 from policy_files import ODD_METADATA, write_policy, write_random_policy
 
 import scheduler_env as se
-from policies import JOB_CHOICE, RULE_WAITS, OnnxPolicy, Policy, PolicyError, load_policy
+from policies import JOB_CHOICE, RULE_WAITS, Decision, OnnxPolicy, PlanPolicy, Policy, PolicyError, load_policy
 from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
 from simulator.moment import ClusterState
 from simulator.replay import simulate
@@ -255,6 +255,22 @@ def test_a_network_decides_as_it_schedules(tmp_path: Path, workload: str, backfi
     policy = load_policy(str(write_random_policy(tmp_path / "policy.onnx", jobs.cluster, backfill=backfill)))
     assert_decides_as_it_schedules(policy, jobs)
     assert_decides_as_it_schedules(policy, jobs, window=40)
+
+
+@pytest.mark.parametrize("workload", ["hpc", "cloud"])
+@pytest.mark.parametrize("base", ["easy-fifo", "easy-wfp3+sjf-history", "greedy-saf", "easy-sjf@1"])
+def test_planning_decides_as_it_schedules_and_reads_no_run_time_of_an_unfinished_job(workload: str, base: str) -> None:
+    """Those that it gets here are no numbers, and the replay, which has them, does the same."""
+
+    class Poisoned(PlanPolicy):
+        def decide(self, state: ClusterState, window: int | None = None) -> Decision:
+            queued, running = (
+                replace(jobs, run_time=np.full(len(jobs), np.nan)) for jobs in (state.queued, state.running)
+            )
+            return super().decide(replace(state, queued=queued, running=running), window)
+
+    jobs = at_loads(load_workload(workload, "test", runs=1, run_jobs=150), [2.0])
+    assert_decides_as_it_schedules(Poisoned(f"plan:{base}", samples=4, threshold=0.0), jobs)
 
 
 def small_state(**changes: object) -> ClusterState:

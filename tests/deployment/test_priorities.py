@@ -81,10 +81,14 @@ def test_order_and_those_who_have_waited_too_long() -> None:
     ]
     snapshot = Snapshot(1000.0, 8, pending, [slurm_job(5, 6, 600.0, 0.0, 500.0)], [])
     saf = load_policy("easy-saf")
+
+    def order(max_wait: float) -> list[int]:
+        return [job.job_id for job in priority_order(saf, snapshot, max_wait)[0]]
+
     # 2 fits; 1 is the head; 4 is larger than what is left; 3 is larger than the cluster.
-    assert [job.job_id for job in priority_order(saf, snapshot, 5_000.0)] == [2, 1, 4, 3]
-    assert [job.job_id for job in priority_order(saf, snapshot, 940.0)] == [4, 2, 1, 3]
-    assert [job.job_id for job in priority_order(saf, snapshot, 500.0)] == [4, 3, 2, 1]
+    assert order(5_000.0) == [2, 1, 4, 3]
+    assert order(940.0) == [4, 2, 1, 3]
+    assert order(500.0) == [4, 3, 2, 1]
 
 
 def test_predicted_starts_by_hand() -> None:
@@ -101,7 +105,18 @@ def test_predicted_starts_by_hand() -> None:
     starts = predicted_starts(Snapshot(1000.0, 8, pending, running, finished), pending)
     # The running job is expected to end at 1050, the head starts then; 2 starts at once and ends at its limit, 1060;
     # 3 comes after the head, at 1200; 4 is too large for the cluster.
-    assert starts == {1: 1050.0, 2: 1000.0, 3: 1200.0}
+    assert starts == {1: (1050.0,) * 3, 2: (1000.0,) * 3, 3: (1200.0,) * 3}
+
+
+def test_a_planned_order_is_that_of_the_expected_starts() -> None:
+    """8 processors, 6 of them taken; every job of the user has taken half of its limit."""
+    finished = [slurm_job(10 + k, 1, 600.0, 0.0, 100.0, 400.0) for k in range(300)]
+    running = [slurm_job(5, 6, 600.0, 0.0, 900.0)]  # half of its limit has it to 1200
+    pending = [slurm_job(1, 8, 600.0), slurm_job(2, 2, 60.0), slurm_job(3, 4, 120.0), slurm_job(4, 9, 60.0)]
+    order, starts = priority_order(load_policy("plan:easy-fifo"), Snapshot(1000.0, 8, pending, running, finished), 1e9)
+    # 2 starts at once. 1 needs all processors and gets them when 5 has ended, 3 comes after it; 4 is too large.
+    assert [job.job_id for job in order] == [2, 1, 3, 4]
+    assert starts == {1: (1200.0,) * 3, 2: (1000.0,) * 3, 3: (1500.0,) * 3}
 
 
 def test_hindsight_by_hand() -> None:

@@ -55,7 +55,7 @@ def test_docs_deploy_shows_what_happens() -> None:
     assert {flag: default.replace("_", "") for flag, default in flags.items()} == expected
 
 
-@pytest.mark.parametrize("name", ["easy-wfp3+sjf", "easy-sjf-history", "network"])
+@pytest.mark.parametrize("name", ["easy-wfp3+sjf", "easy-sjf-history", "plan:easy-fifo", "network"])
 @pytest.mark.parametrize("workload", ["hpc", "cloud"])
 def test_every_decision_of_an_episode_is_the_simulators(tmp_path: Path, workload: str, name: str) -> None:
     """At every arrival and every end: the same jobs start on the same nodes, those outside the window have a level."""
@@ -63,7 +63,7 @@ def test_every_decision_of_an_episode_is_the_simulators(tmp_path: Path, workload
     if name == "network":
         name = str(write_random_policy(tmp_path / "policy.onnx", jobs.cluster))
     [schedule] = load_policy(name).schedule(jobs)
-    session, longest = client(name), 0
+    session, longest = client(name, plan_budget_ms=1e4), 0
     for now in np.unique([schedule.jobs.submit_time, schedule.start_time + schedule.service_time]):
         state = state_at(schedule, now, history=True)
         answer = post(session, state).json()
@@ -75,6 +75,52 @@ def test_every_decision_of_an_episode_is_the_simulators(tmp_path: Path, workload
         assert list(levels.values()) == list(range(len(levels), 0, -1))
         longest = max(longest, len(levels))
     assert longest > 16 and metric(session, "resourcerl_fallbacks_total") == 0
+
+
+def test_planning_says_when_jobs_will_probably_start_and_on_how_many_samples() -> None:
+    """The same state gives the same answer; with next to no time the answer is the base's, without expectations."""
+    state = busy_states(jobs=60, nodes=8, count=1)[0]
+    session = client("plan:easy-fifo", plan_budget_ms=1e5)
+    answer = post(session, state).json()
+    assert answer == post(session, state).json()
+    expected = answer["expected"]
+    assert expected["samples"] <= expected["wanted"] and len(expected["starts"]) == 60
+    starting = {start["job"] for start in answer["start"]}
+    for start in expected["starts"]:
+        assert state["now"] <= start["p10"] <= start["p50"] <= start["p90"]
+        assert (start["job"] not in starting) or start["p90"] == state["now"]
+    middle = {start["job"]: start["p50"] for start in expected["starts"]}
+    rest = [level["job"] for level in answer["priorities"]][len(starting) + (answer["reserved"] is not None) :]
+    assert [middle[job] for job in rest] == sorted(middle[job] for job in rest) and len(rest) > 20
+    in_no_time = post(client("plan:easy-fifo", plan_budget_ms=0.001), state).json()
+    base = post(client("easy-fifo"), state).json()
+    assert in_no_time["expected"]["samples"] == 0 and not in_no_time["expected"]["starts"] and "expected" not in base
+    assert [in_no_time[part] for part in ("start", "reserved")] == [base[part] for part in ("start", "reserved")]
+
+
+def test_planning_remembers_what_has_finished(tmp_path: Path) -> None:
+    """States that say nothing of it: jobs of 10 minutes have all taken half a one, and a restart knows that."""
+    path = tmp_path / "decisions.jsonl"
+    node, job = {"name": "n", "capacity": [4]}, {"demand": [4], "requested_time": 600, "user": "ann"}
+    session = client("plan:easy-fifo", record=path, plan_budget_ms=1e4)
+    waiting = [{"id": f"w{k}", "submit_time": 0, **job} for k in range(2)]
+
+    def state(now: float, running: str) -> dict[str, Any]:
+        since = [{"id": running, "node": "n", "start_time": now, **job}]
+        return {"now": now, "nodes": [node], "queued": waiting, "running": since}
+
+    for k in range(400):  # everybody's last 256, too
+        answer = post(session, state(60.0 * k, f"r{k}")).json()
+    last = {start["job"]: start["p50"] - 60.0 * 399 for start in answer["expected"]["starts"]}
+    assert last == {"w0": pytest.approx(30.0), "w1": pytest.approx(60.0)}  # they end between two states: after 30 s
+    again = post(client("plan:easy-fifo", record=path, plan_budget_ms=1e4), state(60.0 * 400, "r400")).json()
+    [first, _] = again["expected"]["starts"]
+    assert first["p50"] - 60.0 * 400 == pytest.approx(30.0)
+
+
+def test_planning_reads_no_observations() -> None:
+    refused = client("plan").post("/v1/predict", json={"observation": [0.0] * 10})
+    assert refused.status_code == 422 and "/v1/decisions" in refused.json()["detail"][0]["msg"]
 
 
 def test_more_nodes_and_jobs_than_in_training(tmp_path: Path) -> None:

@@ -208,6 +208,15 @@ def test_all_stands_for_every_rule(run: Callable[..., dict]) -> None:
     assert list(results["policies"]) == ["saf", *(rule for rule in RULES if rule != "saf")]
 
 
+def test_planning_is_compared_as_a_policy_and_is_not_the_best_rule(run: Callable[..., dict]) -> None:
+    small = ("compare", "--workload", SMALL, "--max-jobs", 60, "--loads", 1.0, "--episode-jobs", 20)
+    results = run(*small, "--policies", "easy-sjf", "plan:easy-fifo", "plan", "--report", "report")
+    assert {"plan", "plan:easy-fifo"} < results["policies"].keys()
+    report = json.loads(Path("report/results.json").read_text())
+    assert report["best_rule"] in ("fifo", "easy-fifo", "easy-sjf") and report["planned"] == ["plan:easy-fifo", "plan"]
+    assert re.search(r"^\*\*plan(:easy-fifo)? has a mean latency", Path("report/report.md").read_text(), re.MULTILINE)
+
+
 def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[..., dict]) -> None:
     for folder in ("one", "two", "other/two"):
         Path(folder).mkdir(parents=True)

@@ -52,13 +52,14 @@ class Order:
     title: str
     scheduler: str
     live: bool
-    predicted_by: str  # a rule, or "policy"
+    policy: str  # what gives the order and predicts it: a rule, plan, or "policy", which is --policy's
 
 
 ORDERS = {
     "fifo": Order("Slurm, strict FIFO (sched/builtin)", "builtin", False, "fifo"),
     "backfill": Order("Slurm, FIFO with backfilling (sched/backfill)", "backfill", False, "easy-fifo"),
     "live": Order("slurm_agent.py --mode live (sched/backfill)", "backfill", True, "policy"),
+    "plan": Order("slurm_agent.py --mode live --policy plan", "backfill", True, "plan"),
 }
 
 
@@ -67,7 +68,7 @@ class Args:
     num_jobs: int = 200
     """jobs to submit, in each order the same"""
     orders: tuple[str, ...] = tuple(ORDERS)
-    """of fifo, backfill, live"""
+    """of fifo, backfill, live, plan"""
     policy: str | None = None
     """the path of a policy.onnx or the name of a rule; by default one is trained first"""
     training_steps: int = 400_000
@@ -209,12 +210,11 @@ def run(base: Path, order: Order, jobs: Jobs, policy: str) -> tuple[np.ndarray, 
         return waits, (before + measured_overhead(slurm)) / 2
 
 
-def predicted(order: Order, jobs: Jobs, policy: str, latency: float, overhead: float) -> np.ndarray:
+def predicted(jobs: Jobs, policy: str, latency: float, overhead: float) -> np.ndarray:
     """float64[N]: the waits in the simulator, where Slurm hears of a job later and each job runs for longer."""
     slowed = replace(jobs, submit_time=jobs.submit_time + latency, run_time=jobs.run_time + overhead)
     workload = Workload("demo", pool(PROCESSORS), slowed, np.array([[0, len(jobs)]]), {})
-    chooser = load_policy(policy if order.predicted_by == "policy" else order.predicted_by)
-    return chooser.schedule(workload)[0].start_time - jobs.submit_time
+    return load_policy(policy).schedule(workload)[0].start_time - jobs.submit_time
 
 
 def train(folder: Path, overhead: float, steps: int) -> str:
@@ -240,8 +240,9 @@ def demo(folder: Path, args: Args) -> dict[str, dict[str, float]]:
     results = {}
     for name in args.orders:
         print(f"{args.num_jobs} jobs over {jobs.submit_time[-1]:.0f} s: {ORDERS[name].title}", flush=True)
-        real, overhead = run(folder / name, ORDERS[name], jobs, policy)
-        simulated = predicted(ORDERS[name], jobs, policy, latency, overhead)
+        chooser = policy if ORDERS[name].policy == "policy" else ORDERS[name].policy
+        real, overhead = run(folder / name, ORDERS[name], jobs, chooser)
+        simulated = predicted(jobs, chooser, latency, overhead)
         results[name] = {
             "mean": real.mean(), "mean_predicted": simulated.mean(),
             "overhead": overhead, "p95": np.percentile(real, 95), "p95_predicted": np.percentile(simulated, 95),
