@@ -14,6 +14,9 @@ KEPT_ROUNDS = 100  # in a loop's status; older ones are in the store
 USER_ERROR = "UserError"  # the type of errors that trying again does not mend
 
 
+PRESETS = ("cloud", "hpc", "manufacturing", "datacenter", "tasks")  # workloads.presets.PRESETS, which needs NumPy
+
+
 @dataclass
 class TrainingConfig:
     """How a loop trains; `configure` changes it between two rounds."""
@@ -133,6 +136,7 @@ class Begin:
     """The `sequence`-th round of a loop asks for a number that no other round in the store has."""
 
     config: TrainingConfig
+    loop: str  # the id of its first run: a loop that begins anew is another one
     sequence: int
 
 
@@ -171,7 +175,7 @@ class TrainRequest:
     step: Step
     data: Data
     candidate: int
-    champion: Champion | None
+    run: str  # the folder on the machine that trains
 
 
 @dataclass
@@ -182,7 +186,6 @@ class Candidate:
     seed: int
     policy: Reference
     args: Reference
-    run: str  # the folder on the machine that trained it
 
 
 @dataclass
@@ -248,8 +251,8 @@ class Promotion:
 class Round:
     """What came of a round."""
 
-    number: int
-    began: float  # Unix time
+    number: int = 0  # 0: it failed before it had one
+    began: float = 0.0  # Unix time
     ended: float = 0.0
     status: Literal["promoted", "kept", "failed", "stopped"] = "failed"
     why: str = ""
@@ -257,7 +260,7 @@ class Round:
     champion: int = 0  # the round of the champion after it; 0: none
     evaluation: Evaluation | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # step -> duration
-    runs: list[str] = field(default_factory=list)  # folders of the trainings, to look at or to resume
+    runs: list[str] = field(default_factory=list)  # folders of the trainings on their machines
 
 
 @dataclass
@@ -267,7 +270,8 @@ class Report:
     config: TrainingConfig
     round: Round
     champion: Champion | None
-    failures: int  # rounds that failed so far
+    rounds: list[Round]  # the last ones
+    failures: int  # so far
 
 
 @dataclass
@@ -277,8 +281,10 @@ class Loop:
     config: TrainingConfig = field(default_factory=TrainingConfig)
     done: int = 0  # rounds
     failures: int = 0  # of them
-    due: float = 0.0  # Unix time of the next round; 0: at once
+    began: float = 0.0  # Unix time of the last round; 0: none yet
     paused: bool = False
+    wanted: bool = False  # a round at once
+    drifted: bool = False  # the next round is because of drift
     champion: Champion | None = None
     rounds: list[Round] = field(default_factory=list)
 
@@ -305,15 +311,14 @@ class SchedulerRequest:
     """What `scheduler_workflow` and `test_workflow` are asked for."""
 
     config: TrainingConfig
-    jobs: int = 200
-    shown: int = 20
+    shown: int = 20  # placements
 
 
 @dataclass
 class PolicyRequest:
     step: Step
     data: Data
-    policy: Reference | None  # None: EASY-FIFO
+    policy: Reference | None  # None: the champion, or EASY-FIFO where there is none
     shown: int
 
 
