@@ -10,7 +10,6 @@ replay; the global step counts jobs. Times are seconds.
 """
 
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,8 +25,10 @@ from torch.utils.tensorboard import SummaryWriter
 from simulator.replay import simulate
 from simulator.rules import parse_rule
 from simulator.schedule import Schedule
+from training.folder import new_folder
+from training.logs import log_flags, start_wandb
 from workloads.files import check_output, write_json
-from workloads.load import load_workload, workload_name
+from workloads.load import load_workload
 
 EPISODE_JOBS = 512  # the environment's default `num_jobs`
 CHARTS = ("latency", "wait", "bounded_slowdown", "utilization")
@@ -98,25 +99,20 @@ def run(args: Args) -> dict[str, dict[str, float]]:
     if not rules:
         raise ValueError("--rules: none given; name some, such as: fifo easy-fifo")
     workload.report()
+    folder = new_folder(args.workload, args.exp_name, args.seed)
+    args.run_name = folder.name
     if args.track:
-        import wandb
+        from wandb.integration import tensorboard
 
-        wandb.tensorboard.patch(root_logdir=f"runs/{args.run_name}")
-        try:
-            wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args), name=args.run_name,
-                save_code=True,
-            )  # fmt: skip
-        except wandb.Error as error:
-            raise ValueError(f"--track: {error}; run wandb login, or set WANDB_MODE=offline") from error
+        tensorboard.patch(root_logdir=str(folder))
+        start_wandb(folder, asdict(args))
     results = {}
     bar = Console(stderr=True)
     for rule in track(rules, "Replaying", console=bar, transient=True, disable=not bar.is_terminal):
         schedules = simulate(workload, rule)
         # An event file a rule: TensorBoard overlays their lines.
-        with SummaryWriter(f"runs/{args.run_name}/{rule.name}") as writer:
-            hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
+        with SummaryWriter(folder / rule.name) as writer:
+            log_flags(writer, asdict(args))
             log(schedules, writer)
         results[rule.name] = figures(schedules)
     return results
@@ -136,7 +132,6 @@ def table_of(args: Args, results: dict[str, dict[str, float]]) -> Table:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    args.run_name = f"{workload_name(args.workload)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     try:
         if args.output:
             check_output(args.output)

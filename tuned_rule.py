@@ -17,7 +17,8 @@ from rich.progress import track
 
 from simulator.replay import simulate
 from simulator.rules import RULES, parse_rule
-from training.tuning import costs, tune
+from training.judgement import costs
+from training.tuning import tune
 from workloads.jobs import at_loads
 from workloads.load import load_workload
 

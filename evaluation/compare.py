@@ -11,8 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from evaluation.figures import BASELINES, write_report
-from evaluation.held_out import Compare, cuts, held_out, other_scenarios
+from evaluation.held_out import BASELINES, Compare, cuts, held_out, other_scenarios
 from evaluation.replays import Replays, Scenario, replay_all
 from evaluation.statistics import statistics, tail
 from policies import Policy, PolicyError, load_policy
@@ -23,9 +22,9 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
     """Replay the same jobs under every policy. Returns what results.json holds, and its table."""
     headline = Scenario(args.protocol, args.load)
     workloads = {headline: held_out(args)}
-    policies, left_out = named_policies(args.policies)  # all of them are read before the first one runs
+    policies, left_out = _named_policies(args.policies)  # all of them are read before the first one runs
     if args.report:
-        check_folder(args.report)
+        _check_folder(args.report)
         workloads |= other_scenarios(args, headline)
         policies |= {rule: load_policy(rule) for rule in BASELINES if rule not in policies}
     workloads[headline].report()
@@ -38,8 +37,8 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
             replays[scenario].add(name, *found)
     if not policies or set(policies) <= set(BASELINES) - set(args.policies):
         raise ValueError(left_out[0])
-    for found in replays.values():
-        found.keep(policies)
+    for kept in replays.values():
+        kept.keep(policies)
     counted = replays[headline]
     results = {
         "workload": args.workload, "protocol": args.protocol, "split": args.split, "load": args.load,
@@ -49,11 +48,13 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
         "left_out": list(dict.fromkeys(left_out)),
     }  # fmt: skip
     if args.report:
-        write_report(args, results, replays, policies)
-    return results, comparison_table(results)
+        from evaluation.report import write_report  # matplotlib and jinja2 take a second, which only a report is worth
+
+        write_report(args.report, args, results, replays, policies)
+    return results, _comparison_table(results)
 
 
-def named_policies(names: Sequence[str]) -> tuple[dict[str, Policy], list[str]]:
+def _named_policies(names: Sequence[str]) -> tuple[dict[str, Policy], list[str]]:
     """The policies under the names that results use, and what is wrong with those that are there but cannot be used;
     an argument given twice counts once.
 
@@ -75,7 +76,7 @@ def named_policies(names: Sequence[str]) -> tuple[dict[str, Policy], list[str]]:
     return {p.name if own.count(p.name) == 1 else argument: p for argument, p in policies.items()}, left_out
 
 
-def check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Make it, if need be, and see that it can be written to, before anything is run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"--report {folder}: {error.strerror}; give a folder that can be written to") from None
 
 
-def comparison_table(results: dict[str, Any]) -> Table:
+def _comparison_table(results: dict[str, Any]) -> Table:
     """A row a policy: each mean with its interval, and the difference to the first policy with its own."""
     workload, split, protocol = (results[key] for key in ("workload", "split", "protocol"))
     first = next(iter(results["policies"]))
@@ -99,15 +100,15 @@ def comparison_table(results: dict[str, Any]) -> Table:
         cells = []
         for metric, figure in metrics.items():
             form = {"bounded_slowdown": ",.2f", "utilization": ",.4f"}.get(metric, ",.0f")
-            cells.append(with_interval(figure, form))
+            cells.append(_with_interval(figure, form))
             if name != first:
-                cells[-1] += "\n" + with_interval(results["differences"][name][metric], "+.1f", "%")
+                cells[-1] += "\n" + _with_interval(results["differences"][name][metric], "+.1f", "%")
         table.add_row(name, *cells, "\n".join(f"{tail:,.0f}" for tail in results["tails"][name].values()))
         table.add_section()
     return table
 
 
-def with_interval(figure: dict[str, Any], form: str, unit: str = "") -> str:
+def _with_interval(figure: dict[str, Any], form: str, unit: str = "") -> str:
     """A mean and, below it, its interval, as text."""
     if figure["mean"] is None:
         return "-"

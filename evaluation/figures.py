@@ -1,4 +1,8 @@
-"""What a report says beside the comparison: tails, fairness, loads, protocols, seeds, what a policy looks at."""
+"""The numbers of a report, beside those of the comparison: everything that results.json holds of it, and episodes.csv.
+
+`add_figures` lists them: tails, the lower bound, fairness, the other protocol and loads, training seeds, what its plots
+draw, and how it was made. What is said about them is in report.py, how they are drawn in plots.py.
+"""
 
 import csv
 import hashlib
@@ -17,9 +21,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
-from evaluation.held_out import Compare
+from evaluation.held_out import BASELINES, Compare
 from evaluation.lower_bound import lower_bound
-from evaluation.plots import CURVES
 from evaluation.replays import Replays, Scenario, workload_digest
 from evaluation.statistics import (
     METRICS,
@@ -36,50 +39,39 @@ from policies import OnnxPolicy, Policy
 from simulator.arrays import job_size
 from simulator.kernels import JOB_FEATURES
 from simulator.schedule import METRIC
-from workloads.files import replacing, write_json
+from workloads.files import replacing
 from workloads.jobs import Jobs, Workload, offered_load
 
-BASELINES = ("fifo", "easy-fifo")  # a report always has them
 STARVING_P99, STARVING_MAX = 1.2, 2.0  # so many times EASY-FIFO's wait, and a policy is said to starve somebody
 
 
-def write_report(
+def add_figures(
     args: Compare, results: dict[str, Any], replays: dict[Scenario, Replays], policies: dict[str, Policy]
 ) -> None:
-    """Add to the results what only a report needs, and write the report's folder."""
-    from evaluation.report import write  # matplotlib and jinja2 take a second to import, which only a report is worth
-
+    """Add to the results of a comparison what only a report needs."""
     headline, metric = replays[Scenario(args.protocol, args.load)], METRIC[args.objective]
-    rules = [name for name, policy in policies.items() if not isinstance(policy, OnnxPolicy)]
+    networks = {name: policy for name, policy in policies.items() if isinstance(policy, OnnxPolicy)}
+    rules = [name for name in policies if name not in networks]
     best_rule = min(rules, key=lambda rule: results["policies"][rule][metric]["mean"])
     results |= {
         "objective": args.objective, "best_rule": best_rule,
-        "trained": {n: trained(p) for n, p in policies.items() if isinstance(p, OnnxPolicy)},
+        "trained": {name: trained(policy) for name, policy in networks.items()},
         "quantiles": {name: quantiles(headline, name, args.seed) for name in policies},
         "against": {rule: against(headline.per_block, rule, args.seed) for rule in dict.fromkeys(("fifo", best_rule))},
-        "bound": bound_figures(headline, args.objective, results),
+        "bound": bound(headline, args.objective, results),
         "fairness": {name: fairness(headline, name) for name in policies},
         "protocols": protocols(args, replays), "loads": by_load(args, replays),
         "seeds": training_seeds(headline, best_rule, metric, args.seed), "made": made(args, headline.workload),
     }  # fmt: skip
-    shown = shown_policies(results, metric)
+    shown = shown_policies(results)
+    asked = {name: networks[name] for name in shown if name in networks and networks[name].metadata.rule is None}
     results["plots"] = {
         "waits": wait_distribution(headline, shown), "time": over_time(headline, shown),
         "classes": by_size(headline, shown),
-        "attention": {n: attention(p, headline.workload) for n, p in policies.items() if n in shown and looks(p)},
-        "learning": {n: learning_curve(p.path.parent) for n, p in policies.items() if n in results["trained"]},
+        "attention": {name: attention(policy, headline.workload) for name, policy in asked.items()},
+        "learning": {name: learning_curve(policy.path.parent) for name, policy in networks.items()},
     }  # fmt: skip
-    windows = replays.get(Scenario("windows", args.load))
-    episode = None
-    if windows:  # a busy one, where there is something to see
-        order = np.argsort(windows.per_block["fifo"][:, METRICS.index("wait")], kind="stable")
-        busy = order[int(0.9 * len(order))]
-        drawn = list(dict.fromkeys(["fifo", *(name for name in shown if name in results["trained"]), best_rule]))[:3]
-        episode = {name: windows.schedules[name][busy] for name in drawn}
-    write_episodes(args.report / "episodes.csv", replays, args.objective)
     results["notes"] = [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
-    write(args.report, results, shown, episode)
-    write_json(args.report / "results.json", results)
 
 
 def trained(policy: OnnxPolicy) -> dict[str, Any]:
@@ -88,13 +80,9 @@ def trained(policy: OnnxPolicy) -> dict[str, Any]:
     return {name: getattr(policy.metadata, name) for name in names} | file
 
 
-def looks(policy: Policy) -> bool:
-    """Whether there is a network to ask (some files stand for a rule)."""
-    return isinstance(policy, OnnxPolicy) and policy.metadata.rule is None
-
-
-def shown_policies(results: dict[str, Any], metric: str) -> list[str]:
+def shown_policies(results: dict[str, Any]) -> list[str]:
     """Eight lines are as many as a plot can hold: the baselines, the trained ones and the best of the rest."""
+    metric = METRIC[results["objective"]]
     cost = {name: found[metric]["mean"] for name, found in results["policies"].items()}
     wanted = [*BASELINES, results["best_rule"], *results["trained"], *sorted(cost, key=cost.__getitem__)]
     shown = list(dict.fromkeys(wanted))[:8]
@@ -117,7 +105,7 @@ def quantiles(replays: Replays, name: str, seed: int) -> dict[str, dict[str, Any
     return found
 
 
-def bound_figures(replays: Replays, objective: str, results: dict[str, Any]) -> dict[str, Any]:
+def bound(replays: Replays, objective: str, results: dict[str, Any]) -> dict[str, Any]:
     """The lower bound on the mean over all counted jobs, run by run, and the share of the way from FIFO to it that each
     policy goes."""
     total = jobs = 0.0
@@ -125,9 +113,9 @@ def bound_figures(replays: Replays, objective: str, results: dict[str, Any]) -> 
         counted = replays.workload.jobs[first:last][slice(own[0].start, own[-1].stop)]
         total += len(counted) * lower_bound(counted, replays.workload.cluster, objective)
         jobs += len(counted)
-    bound, cost = total / jobs, {name: p[METRIC[objective]]["mean"] for name, p in results["policies"].items()}
-    way = cost["fifo"] - bound
-    return {"mean": bound, "closed": {n: (cost["fifo"] - c) / way if way > 0 else None for n, c in cost.items()}}
+    mean, cost = total / jobs, {name: p[METRIC[objective]]["mean"] for name, p in results["policies"].items()}
+    way = cost["fifo"] - mean
+    return {"mean": mean, "closed": {n: (cost["fifo"] - c) / way if way > 0 else None for n, c in cost.items()}}
 
 
 def fairness(replays: Replays, name: str) -> dict[str, Any]:
@@ -241,12 +229,12 @@ def over_time(replays: Replays, names: list[str], bins: int = 150) -> dict[str, 
         for key, begin, until, weight in (
             ("queue", submit, start, np.ones(len(submit))), ("utilization", start, end, share)
         ):  # fmt: skip
-            area = np.diff(elapsed(begin, weight, edges) - elapsed(until, weight, edges))
+            area = np.diff(_elapsed(begin, weight, edges) - _elapsed(until, weight, edges))
             found[key][name] = (area / np.diff(edges)).tolist()
     return found
 
 
-def elapsed(times: np.ndarray, weight: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _elapsed(times: np.ndarray, weight: np.ndarray, at: np.ndarray) -> np.ndarray:
     """float64[len(at)]: the sum over i of weight[i] * max(0, at - times[i])."""
     order = np.argsort(times)
     total, moment = (np.concatenate([[0.0], np.cumsum(x[order])]) for x in (weight, weight * times))
@@ -271,7 +259,7 @@ def by_size(replays: Replays, names: list[str]) -> dict[str, Any]:
 
 
 ATTENTION_DECISIONS, ATTENTION_BINS = 3_000, 12
-DECODED = {  # features of a job -> what they tell, in seconds or processors; see scheduler_env.job_row
+DECODED = {  # features of a job -> what they tell, in seconds or processors; see simulator.kernels.job_row
     "requested": lambda x: np.expm1(12 * x), "size": lambda x: np.exp2(10 * x) - 1, "waited": lambda x: np.expm1(12 * x)
 }  # fmt: skip
 
@@ -303,10 +291,10 @@ def attention(policy: OnnxPolicy, workload: Workload) -> dict[str, Any]:
     if not seen:
         return {}
     rows = np.concatenate(seen)
-    return {name: binned(rows[:, column], rows[:, -1]) for column, name in enumerate(DECODED)}
+    return {name: _binned(rows[:, column], rows[:, -1]) for column, name in enumerate(DECODED)}
 
 
-def binned(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
+def _binned(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
     """Mean x, and mean and quartiles of y, in about equally full bins of x."""
     number = np.searchsorted(np.unique(np.quantile(x, np.linspace(0, 1, ATTENTION_BINS + 1)[1:-1])), x)
     groups = [number == k for k in np.unique(number) if (number == k).mean() > 0.01]  # few jobs tell nothing
@@ -321,10 +309,10 @@ PACKAGES = ("numpy", "numba", "gymnasium", "onnxruntime", "matplotlib")
 def made(args: Compare, workload: Workload) -> dict[str, Any]:
     """What somebody needs to get the same figures."""
     path = Path(args.workload)
-    changed = " with uncommitted changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    changed = " with uncommitted changes" * bool(_git("status", "--porcelain", "--untracked-files=no"))
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD") + changed or "not a git checkout",
+        "commit": _git("rev-parse", "HEAD") + changed or "not a git checkout",
         "trace_sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
         "jobs_sha256": workload_digest(workload),
         "seed": args.seed, "resamples": RESAMPLES, "date": time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -333,7 +321,7 @@ def made(args: Compare, workload: Workload) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def git(*arguments: str) -> str:
+def _git(*arguments: str) -> str:
     """What git says of the folder of this file; nothing, where it is no checkout or there is no git."""
     try:
         call = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -348,19 +336,20 @@ def write_episodes(path: Path, replays: dict[Scenario, Replays], objective: str)
         writer = csv.writer(file)
         head = ("protocol", "load", "policy", "run", "first_job", "jobs", *METRICS)
         writer.writerow([*head, "wait_p50", "wait_p95", "wait_p99", "wait_max", f"{objective}_bound"])
-        for scenario, own in replays.items():
-            bounds = None
-            for name in own.schedules:
-                rows = zip(own.blocks(name), own.per_block[name], strict=True)
-                runs = np.repeat(np.arange(len(own.cuts)), [len(blocks) for blocks in own.cuts])
-                pairs = own.blocks(name)
-                bounds = bounds or [lower_bound(s.jobs[b], s.cluster, objective, iterations=20) for s, b in pairs]
-                for run, bound, ((schedule, block), metrics) in zip(runs, bounds, rows, strict=True):
+        for (protocol, load), own in replays.items():
+            runs = np.repeat(np.arange(len(own.cuts)), [len(blocks) for blocks in own.cuts])
+            bounds: list[float] = []  # the same for all policies
+            for name, per_block in own.per_block.items():
+                blocks = own.blocks(name)
+                bounds = bounds or [lower_bound(s.jobs[b], s.cluster, objective, iterations=20) for s, b in blocks]
+                for run, least, (schedule, block), metrics in zip(runs, bounds, blocks, per_block, strict=True):
                     wait = schedule.wait[block]
-                    tail = [*np.percentile(wait, [50, 95, 99]), wait.max(), bound]
-                    jobs = (schedule.jobs.job_id[block.start], len(wait))
-                    figures = [f"{figure:.9g}" for figure in (*metrics, *tail)]
-                    writer.writerow([scenario.protocol, scenario.load, name, run, *jobs, *figures])
+                    figures = (*metrics, *np.percentile(wait, [50, 95, 99]), wait.max(), least)
+                    row = [protocol, load, name, run, schedule.jobs.job_id[block.start], len(wait)]
+                    writer.writerow([*row, *(f"{figure:.9g}" for figure in figures)])
+
+
+CURVES = {"eval/improvement": "validation (%)", "charts/episodic_return": "training (%)"}  # tag -> what a plot calls it
 
 
 def learning_curve(folder: Path) -> dict[str, Any]:
@@ -371,12 +360,12 @@ def learning_curve(folder: Path) -> dict[str, Any]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     known = [tag for tag in CURVES if tag in events.Tags()["scalars"]]
     scalars = {tag: [[event.step, event.value] for event in events.Scalars(tag)] for tag in known}
-    cut = [file for file in files if readable_bytes(file) < file.stat().st_size]
+    cut = [file for file in files if _readable_bytes(file) < file.stat().st_size]
     points = max(map(len, scalars.values()), default=0)
     note = f"{cut[0]}: cut short or damaged; {points} points of the learning curve can be read." if cut else None
     return {"scalars": scalars, "note": note}
 
 
-def readable_bytes(file: Path) -> int:
+def _readable_bytes(file: Path) -> int:
     """A record is its length (8 bytes), the length's checksum (4), the event, and the event's checksum (4)."""
     return sum(len(event) + 16 for event in RawEventFileLoader(str(file)).Load())

@@ -13,6 +13,7 @@ from workloads.jobs import Workload, scale_load
 from workloads.load import load_workload
 
 WARMUP = 0.05  # the share of a continuous replay that is not counted: its machine starts empty
+BASELINES = ("fifo", "easy-fifo")  # a report always has them
 
 
 @dataclass

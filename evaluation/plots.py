@@ -12,11 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluation.figures import CURVES
 from simulator.gantt import gantt_chart
-from simulator.schedule import Schedule
+from simulator.schedule import METRIC, Schedule
 from workloads.files import replacing
+from workloads.jobs import DAY, HOUR
 
-HOUR, DAY = 3_600.0, 86_400.0
 INK, GRID = "#1f2329", "#d9dce1"  # in the page these become its own colours
 COLOURS = ("#e8710a", "#1a73e8", "#12a150", "#c2368d", "#8a5cf5", "#b8860b", "#0e9aa7", "#d13438")
 BASELINE_COLOURS = {"fifo": "#9aa0a6", "easy-fifo": "#6b7c93"}
@@ -92,10 +93,6 @@ def short_name(name: str) -> str:
     return f"{run[2]}{run[4] or ''} (seed {run[3]})" if run else name.replace("/policy.onnx", "")
 
 
-def metric_of(results: dict[str, Any]) -> str:
-    return {"slowdown": "bounded_slowdown"}.get(results["objective"], results["objective"])
-
-
 def metric_bars(results: dict[str, Any], look: Look) -> Plot:
     names = look.shown[::-1]
     figure = Figure(figsize=(WIDTH, 1.2 + 0.6 * len(names)))
@@ -108,26 +105,26 @@ def metric_bars(results: dict[str, Any], look: Look) -> Plot:
             axis.hlines(
                 range(len(names)), *np.array([figure["ci95"] for figure in figures]).T, color=INK, linewidth=1.2
             )
-        if metric == metric_of(results):
+        if metric == METRIC[results["objective"]]:
             axis.axvline(results["bound"]["mean"], color=INK, linestyle=":", linewidth=1.2)
         axis.grid(axis="y", visible=False)
-        if spread(means):
+        if _spread(means):
             axis.set_xscale("log")
         else:
             axis.set_xlim(0)
             axis.locator_params(axis="x", nbins=4)
             axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,g}k" if x >= 10_000 else f"{x:,g}")
-        axis.set_title(METRIC_NAMES[metric] + ", log" * spread(means), loc="left")
+        axis.set_title(METRIC_NAMES[metric] + ", log" * _spread(means), loc="left")
     caption = "Means with 95 % intervals. Dotted: the lower bound on the "
     return Plot("metrics", f"{caption}{results['objective']}, which no schedule can pass.", figure)
 
 
-def spread(values: Any) -> bool:
+def _spread(values: Any) -> bool:
     """Whether a linear axis would show only the largest."""
     return bool(min(values) > 0 and max(values) > 20 * np.median(values))
 
 
-def legend(figure: Figure, axis: Axes) -> None:
+def _legend(figure: Figure, axis: Axes) -> None:
     """Above the plot, where no line is."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=3)
 
@@ -143,8 +140,8 @@ def waits(results: dict[str, Any], look: Look) -> Plot:
     scale = "log" if any(values.any() for values in shares.values()) else "linear"  # nobody waits
     axis.set(xscale="log", yscale=scale, xlabel="wait", ylabel="share of jobs that wait longer")
     axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
-    log_durations(axis, at[0], at[-1])
-    legend(figure, axis)
+    _log_durations(axis, at[0], at[-1])
+    _legend(figure, axis)
     caption = "How many jobs wait longer than a time. At the lower right is the tail: the few that wait for very long."
     return Plot("waits", caption, figure)
 
@@ -152,7 +149,7 @@ def waits(results: dict[str, Any], look: Look) -> Plot:
 TIMES = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", HOUR: "1 h", 6 * HOUR: "6 h", DAY: "1 d", 7 * DAY: "1 w"}
 
 
-def log_durations(axis: Axes, low: float, high: float) -> None:
+def _log_durations(axis: Axes, low: float, high: float) -> None:
     """Ticks that people use on a logarithmic axis of seconds."""
     ticks = {seconds: text for seconds, text in (TIMES | {30 * DAY: "30 d"}).items() if low <= seconds <= high}
     axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8.5)
@@ -168,17 +165,17 @@ def by_size(results: dict[str, Any], look: Look) -> Plot:
         offset = (k + 0.5) * width - 0.4
         hours = np.array(found["wait"][name]) / HOUR
         axis.bar(place + offset, hours, width, color=look.colours[name], label=look.labels[name])
-    scale = log_if_spread(axis, [wait for name in look.shown for wait in found["wait"][name] if wait > 0])
+    scale = _log_if_spread(axis, [wait for name in look.shown for wait in found["wait"][name] if wait > 0])
     jobs = [f"{label}\n{jobs:,} jobs" for label, jobs in zip(found["labels"], found["jobs"], strict=True)]
     axis.set_xticks(place, jobs)
     axis.grid(axis="x", visible=False)
     axis.set(xlabel=found["unit"], ylabel=f"mean wait (h{scale})")
-    legend(figure, axis)
+    _legend(figure, axis)
     return Plot("classes", "Mean wait by the size of the job: who pays for the gain.", figure)
 
 
-def log_if_spread(axis: Axes, values: list[float]) -> str:
-    if not values or not spread(values):
+def _log_if_spread(axis: Axes, values: list[float]) -> str:
+    if not values or not _spread(values):
         return ""
     axis.set_yscale("log")
     return ", log"
@@ -194,9 +191,9 @@ def load_sweep(results: dict[str, Any], look: Look) -> Plot:
         if points[0][1]["ci95"][0] is not None:
             low, high = np.array([figure["ci95"] for _, figure in points]).T / HOUR
             axis.fill_between(load, low, high, color=look.colours[name], alpha=0.12, linewidth=0)
-    scale = log_if_spread(axis, [p["policies"][name]["wait"]["mean"] for p in results["loads"] for name in look.shown])
+    scale = _log_if_spread(axis, [p["policies"][name]["wait"]["mean"] for p in results["loads"] for name in look.shown])
     axis.set(xlabel="offered load (work that arrives / capacity)", ylabel=f"mean wait (h{scale})")
-    legend(figure, axis)
+    _legend(figure, axis)
     caption = (
         "Mean wait against offered load with 95 % intervals: continuous operation, arrivals compressed or stretched."
     )
@@ -217,7 +214,7 @@ def over_time(results: dict[str, Any], look: Look) -> Plot:
         queue.set_yscale("symlog", linthresh=10)
     queue.set(ylabel="jobs in the queue", ylim=(0, None))
     used.set(ylabel="utilization (%)", xlabel=unit, ylim=(0, 102))
-    legend(figure, queue)
+    _legend(figure, queue)
     return Plot("time", "Queue length and utilization over the first run.", figure)
 
 
@@ -270,7 +267,7 @@ def attention(results: dict[str, Any], name: str, look: Look) -> Plot:
         if feature == "size":
             axis.xaxis.set_major_formatter("{x:g}")
         else:
-            log_durations(axis, 0.9 * x.min(), 1.1 * x.max())
+            _log_durations(axis, 0.9 * x.min(), 1.1 * x.max())
     axes[0].set_ylabel("score of the job")
     place = list(results["trained"]).index(name) + 1
     caption = (
@@ -278,9 +275,6 @@ def attention(results: dict[str, Any], name: str, look: Look) -> Plot:
         "asks for and how long it has waited (mean and quartiles)."
     )
     return Plot(f"attention-{place}", caption, figure)
-
-
-CURVES = {"eval/improvement": "validation (%)", "charts/episodic_return": "training (%)"}
 
 
 def learning_curves(curves: dict[str, Any], look: Look) -> Plot:
@@ -296,7 +290,7 @@ def learning_curves(curves: dict[str, Any], look: Look) -> Plot:
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.set_ylabel(CURVES[tag])
     axis.set_xlabel("million decisions")
-    legend(figure, axis)
+    _legend(figure, axis)
     caption = (
         "Learning curves from TensorBoard's events: how much better than the best rule on the validation split, and "
         "than the reference rule in training episodes."
@@ -316,6 +310,6 @@ def performance_profile(results: dict[str, Any], look: Look) -> Plot:
     axis.axvline(1, color=INK, linewidth=0.8)
     axis.set(xlabel=f"score: cost of {results['best_rule']} / cost", ylim=(0, 1.02))
     axis.set_ylabel("share of blocks and seeds above")
-    legend(figure, axis)
+    _legend(figure, axis)
     caption = "Performance profiles (rliable): higher is better; right of 1 is better than the best rule."
     return Plot("profiles", caption, figure)

@@ -8,6 +8,7 @@ Everything that is drawn or printed comes from the results that results.json hol
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import jinja2
 import matplotlib
 import numpy as np
 
+from evaluation.figures import add_figures, shown_policies, write_episodes
+from evaluation.held_out import Compare
 from evaluation.plots import (
     METRIC_NAMES,
     STYLE,
@@ -27,14 +30,16 @@ from evaluation.plots import (
     learning_curves,
     load_sweep,
     metric_bars,
-    metric_of,
     over_time,
     performance_profile,
     save,
     waits,
 )
-from simulator.schedule import Schedule
-from workloads.files import replacing
+from evaluation.replays import Replays, Scenario
+from evaluation.statistics import METRICS
+from policies import Policy
+from simulator.schedule import METRIC, Schedule
+from workloads.files import replacing, write_json
 from workloads.load import workload_name
 
 
@@ -58,19 +63,43 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
 
 
-def write(folder: Path, results: dict[str, Any], shown: list[str], episode: dict[str, Schedule] | None = None) -> None:
-    """Write index.html, report.md and plots/*.{png,svg} into the folder.
+def write_report(
+    folder: Path, args: Compare, results: dict[str, Any], replays: dict[Scenario, Replays], policies: dict[str, Policy]
+) -> None:
+    """Add to the results what only a report needs, and write the folder: index.html, report.md, plots/*.{png,svg},
+    episodes.csv and results.json."""
+    add_figures(args, results, replays, policies)
+    write_episodes(folder / "episodes.csv", replays, args.objective)
+    write_pages(folder, results, _busy_window(args, results, replays))
+    write_json(folder / "results.json", results)
+
+
+def _busy_window(
+    args: Compare, results: dict[str, Any], replays: dict[Scenario, Replays]
+) -> dict[str, Schedule] | None:
+    """A window where there is something to see, under three policies; None: there are no windows."""
+    windows = replays.get(Scenario("windows", args.load))
+    if windows is None:
+        return None
+    order = np.argsort(windows.per_block["fifo"][:, METRICS.index("wait")], kind="stable")
+    busy = order[int(0.9 * len(order))]
+    trained = [name for name in shown_policies(results) if name in results["trained"]]
+    drawn = list(dict.fromkeys(["fifo", *trained, results["best_rule"]]))[:3]
+    return {name: windows.schedules[name][busy] for name in drawn}
+
+
+def write_pages(folder: Path, results: dict[str, Any], episode: dict[str, Schedule] | None = None) -> None:
+    """Write index.html, report.md and their plots into the folder.
 
     Args:
         results: what results.json holds.
-        shown: the policies that the plots show; the tables hold all.
         episode: schedules of the same jobs, for the Gantt charts.
     """
-    look = Look(results, shown)
+    look = Look(results, shown_policies(results))
     with matplotlib.rc_context(STYLE):
         sections = [
-            headline(results, look), payers(results, look), both_protocols(results, look),
-            inside(results, look, episode), learning(results, look), provenance(results, look),
+            _headline(results, look), _payers(results, look), _both_protocols(results, look),
+            _inside(results, look, episode), _learning(results, look), _provenance(results, look),
         ]  # fmt: skip
         (folder / "plots").mkdir(exist_ok=True)
         for plot in (plot for section in sections for plot in section.plots):
@@ -79,17 +108,18 @@ def write(folder: Path, results: dict[str, Any], shown: list[str], episode: dict
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=lambda name: name == "report.html.jinja",
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    page = {"title": title(results), "verdict": verdict(results, look), "sections": sections}
+    title = f"{workload_name(results['workload'])}: who waits how long"
+    page = {"title": title, "verdict": _verdict(results, look), "sections": sections}
     for name, template in (("index.html", "report.html.jinja"), ("report.md", "report.md.jinja")):
         with replacing(folder / name) as temporary:
             temporary.write_text(templates.get_template(template).render(page))
 
 
-def number(value: float, metric: str) -> str:
+def _number(value: float, metric: str) -> str:
     return f"{value:,.{ {'bounded_slowdown': 2, 'utilization': 3}.get(metric, 0) }f}"
 
 
-def cell(figure: dict[str, Any], form: Callable[[float], str], key: str = "mean") -> tuple[str, str] | str:
+def _cell(figure: dict[str, Any], form: Callable[[float], str], key: str = "mean") -> tuple[str, str] | str:
     """A figure and its interval."""
     if figure[key] is None:
         return "–"
@@ -97,7 +127,7 @@ def cell(figure: dict[str, Any], form: Callable[[float], str], key: str = "mean"
     return form(figure[key]) if low is None else (form(figure[key]), f"{form(low)} … {form(high)}")
 
 
-def percent(value: float) -> str:
+def _percent(value: float) -> str:
     return f"{value:+,.{0 if abs(value) >= 99.95 else 1}f}\u00a0%".replace("-", "−")
 
 
@@ -107,25 +137,21 @@ def share(value: float) -> str:
     return f"{text.removesuffix('.0')}\u00a0%"
 
 
-def title(results: dict[str, Any]) -> str:
-    return f"{workload_name(results['workload'])}: who waits how long"
-
-
-def verdict(results: dict[str, Any], look: Look) -> str:
+def _verdict(results: dict[str, Any], look: Look) -> str:
     """The report in a sentence: the best trained policy, or where there is none the best rule."""
-    metric, best = metric_of(results), results["best_rule"]
+    metric, best = METRIC[results["objective"]], results["best_rule"]
     mean = {name: figures[metric]["mean"] for name, figures in results["policies"].items()}
     winner = min(results["trained"] or mean, key=lambda name: mean[name])
-    text = f"{look.labels[winner]} has a mean {results['objective']} of {with_unit(mean[winner], metric)}"
+    text = f"{look.labels[winner]} has a mean {results['objective']} of {_with_unit(mean[winner], metric)}"
     for rule, figures in results["against"].items():
         figure = figures[winner][metric]
         if rule == winner or figure["mean"] is None:
             continue
         low, high = figure["ci95"]
-        text += f"; to {'the best rule, ' * (rule == best)}{rule}: {percent(figure['mean'])}"
+        text += f"; to {'the best rule, ' * (rule == best)}{rule}: {_percent(figure['mean'])}"
         if low is not None:
             luck = "" if low * high > 0 else ", which may be luck"
-            text += f" (95\u00a0% interval {percent(low)} … {percent(high)}{luck})"
+            text += f" (95\u00a0% interval {_percent(low)} … {_percent(high)}{luck})"
     if len(results["trained"]) > 1:
         text += f"; it is the best of {len(results['trained'])} trained policies, picked on these very jobs"
     if winner == best:
@@ -133,12 +159,12 @@ def verdict(results: dict[str, Any], look: Look) -> str:
     return f"{text}."
 
 
-def with_unit(value: float, metric: str) -> str:
-    return number(value, metric) + "\u00a0s" * METRIC_NAMES[metric].endswith("(s)")
+def _with_unit(value: float, metric: str) -> str:
+    return _number(value, metric) + "\u00a0s" * METRIC_NAMES[metric].endswith("(s)")
 
 
-def headline(results: dict[str, Any], look: Look) -> Section:
-    metric, rules, bound = metric_of(results), list(results["against"]), results["bound"]
+def _headline(results: dict[str, Any], look: Look) -> Section:
+    metric, rules, bound = METRIC[results["objective"]], list(results["against"]), results["bound"]
     runs = "in continuous operation (the first 5 % are not counted: the machine starts empty)"
     if results["protocol"] == "windows":
         runs = "in windows, each from an empty machine"
@@ -149,23 +175,23 @@ def headline(results: dict[str, Any], look: Look) -> Section:
     )
     rows = []
     for name, figures in results["policies"].items():
-        row: list[Any] = [look.labels[name], cell(figures[metric], lambda x: number(x, metric))]
+        row: list[Any] = [look.labels[name], _cell(figures[metric], partial(_number, metric=metric))]
         to = {rule: results["against"][rule][name][metric] for rule in rules}
-        row += ["–" if name == rule else cell(figure, percent) for rule, figure in to.items()]
-        row += ["–" if name == rule else cell(figure["improvement"], share) for rule, figure in to.items()]
+        row += ["–" if name == rule else _cell(figure, _percent) for rule, figure in to.items()]
+        row += ["–" if name == rule else _cell(figure["improvement"], share) for rule, figure in to.items()]
         closed = bound["closed"][name]
         rows.append([*row, "–" if closed is None else f"{100 * closed:.1f}\u00a0%"])
     head = ["policy", f"mean {METRIC_NAMES[metric]}", *(f"to {rule}" for rule in rules)]
     head += [*(f"P(better than {rule})" for rule in rules), "way to the bound"]
-    tables = [Table(f"Mean {results['objective']} of a job", head, rows), all_metrics(results, look)]
-    tables += [relative(results, look, rule) for rule in rules]
+    tables = [Table(f"Mean {results['objective']} of a job", head, rows), _all_metrics(results, look)]
+    tables += [_relative(results, look, rule) for rule in rules]
     plots = [metric_bars(results, look)] + [load_sweep(results, look)] * (len(results["loads"]) > 1)
-    return Section("Headline", [text, *at_loads(results, look)], [], tables, reading(results), plots)
+    return Section("Headline", [text, *_at_loads(results, look)], [], tables, _reading(results), plots)
 
 
-def reading(results: dict[str, Any]) -> list[str]:
+def _reading(results: dict[str, Any]) -> list[str]:
     """How the headline is to be read."""
-    metric, best = metric_of(results), results["best_rule"]
+    metric, best = METRIC[results["objective"]], results["best_rule"]
     blocks = len(results["policies"][best][metric]["per_block"])
     intervals = "One episode, so there are no intervals: these figures may be luck."
     if blocks > 1:
@@ -175,9 +201,9 @@ def reading(results: dict[str, Any]) -> list[str]:
         )
     bound = (
         f"The best rule, {best}, was picked with hindsight, on these very jobs. No schedule whatsoever has a mean "
-        f"{results['objective']} below {with_unit(results['bound']['mean'], metric)}; the last column is the share of "
-        "the way from fifo to this lower bound. It is a Lagrangian relaxation (lower_bound.py), and need not be "
-        "reachable."
+        f"{results['objective']} below {_with_unit(results['bound']['mean'], metric)}; the last column is the share of "
+        "the way from fifo to this lower bound. It is a Lagrangian relaxation (evaluation/lower_bound.py), and need "
+        "not be reachable."
     )
     return [intervals, bound]
 
@@ -185,29 +211,29 @@ def reading(results: dict[str, Any]) -> list[str]:
 QUANTILES = {"latency": ["p50"], "wait": ["p50", "p95", "p99", "max"], "bounded_slowdown": ["p50"]}
 
 
-def all_metrics(results: dict[str, Any], look: Look) -> Table:
+def _all_metrics(results: dict[str, Any], look: Look) -> Table:
     head, rows = ["policy"], [[label] for label in look.labels.values()]
     for metric, heading in METRIC_NAMES.items():
         head += [heading if metric == "makespan" else f"mean {heading}"]
         head += [f"{ {'p50': 'median', 'max': 'longest'}.get(q, q) } {heading}" for q in QUANTILES.get(metric, [])]
         for row, name in zip(rows, look.labels, strict=True):
             quantiles = [results["quantiles"][name][metric][q] for q in QUANTILES.get(metric, [])]
-            row.append(cell(results["policies"][name][metric], lambda x, m=metric: number(x, m)))
-            row += [cell(quantile, lambda x, m=metric: number(x, m), "value") for quantile in quantiles]
+            row.append(_cell(results["policies"][name][metric], partial(_number, metric=metric)))
+            row += [_cell(quantile, partial(_number, metric=metric), "value") for quantile in quantiles]
     return Table("All metrics: means over blocks, quantiles over single jobs", head, rows, folded=True)
 
 
-def relative(results: dict[str, Any], look: Look, rule: str) -> Table:
+def _relative(results: dict[str, Any], look: Look, rule: str) -> Table:
     head = ["policy", *(f"{name.removesuffix(' (s)')}" for name in METRIC_NAMES.values())]
     rows = [
-        [look.labels[name], *(cell(figures[metric], percent) for metric in METRIC_NAMES)]
+        [look.labels[name], *(_cell(figures[metric], _percent) for metric in METRIC_NAMES)]
         for name, figures in results["against"][rule].items()
         if name != rule
     ]
     return Table(f"Means relative to {rule}", head, rows, folded=True)
 
 
-def payers(results: dict[str, Any], look: Look) -> Section:
+def _payers(results: dict[str, Any], look: Look) -> Section:
     """Fairness."""
     found = results["fairness"]
     text = [
@@ -229,12 +255,12 @@ def payers(results: dict[str, Any], look: Look) -> Section:
         ]
         for name, own in found.items()
     ]  # fmt: skip
-    warnings = [warning(results, look, name) for name in starving if name in look.shown]
+    warnings = [_warning(results, look, name) for name in starving if name in look.shown]
     plots = [waits(results, look), by_size(results, look)]
     return Section("Who pays for the gain", text, warnings, [Table("Who pays", head, rows)], [], plots)
 
 
-def warning(results: dict[str, Any], look: Look, name: str) -> str:
+def _warning(results: dict[str, Any], look: Look, name: str) -> str:
     """Whom the policy starves, spelled out."""
     own, easy, classes = results["fairness"][name], results["fairness"]["easy-fifo"], results["plots"]["classes"]
     ratio = np.array(classes["wait"][name]) / np.maximum(classes["wait"]["easy-fifo"], 1.0)
@@ -248,8 +274,8 @@ def warning(results: dict[str, Any], look: Look, name: str) -> str:
     )
 
 
-def both_protocols(results: dict[str, Any], look: Look) -> Section:
-    metric, found = metric_of(results), results["protocols"]
+def _both_protocols(results: dict[str, Any], look: Look) -> Section:
+    metric, found = METRIC[results["objective"]], results["protocols"]
     section = Section("The other protocol", [agreement(results, look)])
     if "windows" in found:
         rows = []
@@ -257,7 +283,7 @@ def both_protocols(results: dict[str, Any], look: Look) -> Section:
             row: list[Any] = [look.labels[name]]
             for protocol in ("continuous", "windows"):
                 figures = found[protocol]["policies"][name]
-                row += [cell(figures, lambda x: number(x, metric)), cell(figures["to_easy_fifo"], percent)]
+                row += [_cell(figures, partial(_number, metric=metric)), _cell(figures["to_easy_fifo"], _percent)]
             rows.append([*row, "yes" if name in found["change_sides"] else ""])
         head = ["policy", "continuous", "to easy-fifo", "windows", "to easy-fifo", "changes sides"]
         section.tables.append(Table(f"Mean {METRIC_NAMES[metric]} under both protocols", head, rows))
@@ -282,13 +308,13 @@ def agreement(results: dict[str, Any], look: Look) -> str:
     named = sorted(found["change_sides"], key=lambda name: name not in look.shown)[:3]
     for name in named:
         there, here = (found[p]["policies"][name]["to_easy_fifo"]["mean"] for p in ("windows", "continuous"))
-        text += f"; against easy-fifo, {look.labels[name]} is at {percent(there)} there and at {percent(here)} here"
+        text += f"; against easy-fifo, {look.labels[name]} is at {_percent(there)} there and at {_percent(here)} here"
     if more := len(found["change_sides"]) - len(named):
         text += f"; {more} more change sides against easy-fifo (see the table)"
     return f"{text}. Long queues and starvation only show in continuous operation, so that is what counts."
 
 
-def at_loads(results: dict[str, Any], look: Look) -> list[str]:
+def _at_loads(results: dict[str, Any], look: Look) -> list[str]:
     """Where the load decides whether a policy waits longer than easy-fifo, in plain words."""
     text = []
     for name in dict.fromkeys((results["best_rule"], *results["trained"])):
@@ -296,7 +322,7 @@ def at_loads(results: dict[str, Any], look: Look) -> list[str]:
         better = [load for load, figure in figures.items() if figure["side"] < 0]
         worse = [load for load, figure in figures.items() if figure["side"] > 0]
         if better and worse:
-            waits = ", ".join(f"{percent(figures[load]['mean'])} at {load:g}" for load in sorted(better + worse))
+            waits = ", ".join(f"{_percent(figures[load]['mean'])} at {load:g}" for load in sorted(better + worse))
             text.append(
                 f"The load decides for {look.labels[name]}: against easy-fifo its mean wait is {waits} times the "
                 "recorded arrivals."
@@ -304,14 +330,14 @@ def at_loads(results: dict[str, Any], look: Look) -> list[str]:
     return text
 
 
-def inside(results: dict[str, Any], look: Look, episode: dict[str, Schedule] | None) -> Section:
+def _inside(results: dict[str, Any], look: Look, episode: dict[str, Schedule] | None) -> Section:
     plots = [over_time(results, look)]
     if episode:
         plots.append(gantt(episode, look.labels))
     return Section("What happens on the machine", plots=plots)
 
 
-def learning(results: dict[str, Any], look: Look) -> Section:
+def _learning(results: dict[str, Any], look: Look) -> Section:
     """What the policies look at, how they learnt, and how much seeds differ."""
     section = Section("The trained policies")
     for name, about in results["trained"].items():
@@ -334,7 +360,7 @@ def learning(results: dict[str, Any], look: Look) -> Section:
         section.plots.append(learning_curves(curves, look))
     section.text += [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
     if results["seeds"]:
-        section.tables.append(seeds_table(results, look))
+        section.tables.append(_seeds_table(results, look))
         section.plots.append(performance_profile(results, look))
         section.text.append(
             "Runs that differ only in seed are taken together with rliable (Agarwal et al. 2021): a score is the cost "
@@ -347,11 +373,11 @@ def learning(results: dict[str, Any], look: Look) -> Section:
     return section
 
 
-def seeds_table(results: dict[str, Any], look: Look) -> Table:
-    metric, rows = metric_of(results), []
+def _seeds_table(results: dict[str, Any], look: Look) -> Table:
+    metric, rows = METRIC[results["objective"]], []
     for group, found in results["seeds"]["groups"].items():
-        means = ", ".join(number(mean, metric) for mean in found["means"])
-        iqm = cell(
+        means = ", ".join(_number(mean, metric) for mean in found["means"])
+        iqm = _cell(
             {"mean": found["iqm"], "ci95": found["ci95"] if len(found["runs"]) > 1 else [None, None]},
             lambda x: f"{x:.3f}",
         )
@@ -366,7 +392,7 @@ def seeds_table(results: dict[str, Any], look: Look) -> Table:
     return Table("Training seeds together", head, rows)
 
 
-def provenance(results: dict[str, Any], look: Look) -> Section:
+def _provenance(results: dict[str, Any], look: Look) -> Section:
     made = results["made"]
     rows: list[list[Any]] = [["command", made["command"]], ["git commit", made["commit"]]]
     if made["trace_sha256"]:

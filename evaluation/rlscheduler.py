@@ -5,13 +5,12 @@
 Each row is the mean over ten sequences of 1,024 jobs, each from an empty machine.
 """
 
-from __future__ import annotations
-
 import json
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from rich.table import Table
@@ -25,14 +24,58 @@ from simulator.schedule import Schedule
 from workloads.jobs import Cluster, Jobs, Workload, WorkloadError
 from workloads.swf import read_swf
 
-# What its queue orders are called here. In its code the job that was chosen first holds the queue: `lock_in`.
-LOCK_IN_RULES = {
-    "fcfs": parse_rule("fifo"),
-    "sjf": parse_rule("sjf"),
-    "f1": parse_rule("f1"),
-    "wfp_fixed": parse_rule("wfp3"),
-    "uni_fixed": Rule("uni_fixed", UNICEP_RLSCHEDULER, UNICEP_RLSCHEDULER, BLOCKING),
-}
+
+@dataclass
+class RLScheduler:
+    """Replay the protocol of RLScheduler (Zhang et al., SC'20) beside what it publishes."""
+
+    traces: Path
+    """the folder with the traces"""
+    reference: Path
+    """rlscheduler.json: the published figures, and which jobs they are of"""
+    policies: tuple[str, ...] = ()
+    """trained policies (policy.onnx or a run's folder) to replay as well: one that was trained with --lock-in beside
+    the published RL, without backfilling and with it; another, or a rule, beside the best rule without lock-in"""
+    output: Path | None = None
+    """where to write the rows as JSON"""
+
+
+def published(args: RLScheduler) -> tuple[dict[str, Any], Table]:
+    """What we get for every published number of a rule, and what our policies get beside RLScheduler's trained network,
+    which we do not have.
+
+    Raises:
+        ValueError, WorkloadError, PolicyError: a file cannot be read, or is not what it should be.
+    """
+    reference = _read_reference(args.reference)
+    policies = [policy for name in args.policies for policy in _as_replayed(load_policy(name))]
+    rows = []
+    for name in replaying(reference["traces"], len(reference["traces"])):
+        workload = sequences(args.traces, name, reference["traces"][name])
+        for backfill in (False, True):
+            for rule in reference["published"]["order"]:
+                schedules = [] if rule == "RL" else _schedules_of(workload, rule, backfill)
+                rows.append(_published_row(reference, name, backfill, rule) | _measured(schedules, lock_in=True))
+        for policy in policies:
+            rows.append(_rival(reference, name, policy) | _measured(policy.schedule(workload), _locks_in(policy)))
+    return {"rows": rows}, _published_table(rows)
+
+
+def _read_reference(path: Path) -> dict[str, Any]:
+    try:
+        reference = json.loads(path.read_text())
+        for trace, info in reference["traces"].items():
+            info["trace_file"], info["n_jobs_loaded"], info["max_procs"]
+            info["protocols"]["tableV_1024x10"]["start_indexes"]
+            for backfill in (False, True):
+                for rule in reference["published"]["order"]:
+                    _published_row(reference, trace, backfill, rule)
+            _best_without_lock_in(reference, trace)
+        return reference
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give the path of rlscheduler.json") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not the published figures; give the path of rlscheduler.json") from None
 
 
 def sequences(traces: Path, name: str, info: dict[str, Any]) -> Workload:
@@ -67,117 +110,90 @@ def sequences(traces: Path, name: str, info: dict[str, Any]) -> Workload:
     return Workload(name, cluster, jobs, np.stack([starts, starts + 1024], axis=1), {})
 
 
-def schedules_of(workload: Workload, rule: str, backfill: bool) -> list[Schedule]:
+# What its queue orders are called here. In its code the job that was chosen first holds the queue: `lock_in`.
+LOCK_IN_RULES = {
+    "fcfs": parse_rule("fifo"),
+    "sjf": parse_rule("sjf"),
+    "f1": parse_rule("f1"),
+    "wfp_fixed": parse_rule("wfp3"),
+    "uni_fixed": Rule("uni_fixed", UNICEP_RLSCHEDULER, UNICEP_RLSCHEDULER, BLOCKING),
+}
+
+
+def _schedules_of(workload: Workload, rule: str, backfill: bool) -> list[Schedule]:
     """The ten sequences under one of LOCK_IN_RULES, or under wfp or uni as shipped.
 
     As shipped those two compute the wait from a start time that is -1 while a job is queued, so that it is -1 minus
     the submit time at all times: they prefer the latest jobs, and their scores do not change.
     """
-    mode = {"backfill": "easy" if backfill else "none", "lock_in": True}
+    locked_in = partial(simulate, workload, backfill="easy" if backfill else "none", lock_in=True)
     if rule in LOCK_IN_RULES:
-        return simulate(workload, LOCK_IN_RULES[rule], **mode)
+        return locked_in(LOCK_IN_RULES[rule])
     wait, requested, size = -1 - workload.jobs.submit_time, workload.jobs.requested_time, workload.jobs.demand[:, 0]
     scores = {
         "wfp": -((wait / requested) ** 3) * size,
         "uni": -(wait + 1e-15) / (np.log2(size + 1e-15) * requested),
     }
-    return simulate(workload, Rule(rule, STATIC, STATIC, BLOCKING), scores=scores[rule], **mode)
+    return locked_in(Rule(rule, STATIC, STATIC, BLOCKING), scores=scores[rule])
 
 
-def utilization_until_last_start(schedule: Schedule) -> float:
-    """As RLScheduler has it: until the last start, so that what runs afterwards counts as if it were done by then."""
-    work = schedule.service_time @ schedule.jobs.demand[:, 0]
-    return float(work / schedule.cluster.capacity.sum() / (schedule.start_time.max() - schedule.jobs.submit_time[0]))
-
-
-def published(args: RLScheduler) -> tuple[dict[str, Any], Table]:
-    """What we get for every published number of a rule, and what our policies get beside RLScheduler's trained network,
-    which we do not have.
-
-    Raises:
-        ValueError, WorkloadError, PolicyError: a file cannot be read, or is not what it should be.
-    """
-    reference = read_reference(args.reference)
-    policies = [policy for name in args.policies for policy in as_replayed(load_policy(name))]
-    rows = []
-    for name in replaying(reference["traces"], len(reference["traces"])):
-        workload = sequences(args.traces, name, reference["traces"][name])
-        for backfill in (False, True):
-            for rule in reference["published"]["order"]:
-                schedules = [] if rule == "RL" else schedules_of(workload, rule, backfill)
-                rows.append(published_row(reference, name, backfill, rule) | measured(schedules, lock_in=True))
-        for policy in policies:
-            rows.append(rival(reference, name, policy) | measured(policy.schedule(workload), locks_in(policy)))
-    return {"rows": rows}, published_table(rows)
-
-
-def locks_in(policy: Policy) -> TypeGuard[OnnxPolicy]:
-    return isinstance(policy, OnnxPolicy) and policy.metadata.lock_in
-
-
-def as_replayed(policy: Policy) -> list[Policy]:
-    """One that locks in without and with backfilling, whichever it was trained with: RLScheduler trains one network a
-    trace, too, and only switches backfilling on where that is replayed (its make_table_script.py)."""
-    if not locks_in(policy):
-        return [policy]
-    both = copy(policy), copy(policy)
-    for way, backfill in zip(both, ("none", "easy"), strict=True):
-        way.metadata = replace(policy.metadata, backfill=backfill)
-    return list(both)
-
-
-def measured(schedules: list[Schedule], lock_in: bool) -> dict[str, float | None]:
+def _measured(schedules: list[Schedule], lock_in: bool) -> dict[str, float | None]:
     """Our means over the ten sequences; None where there are no schedules."""
     if not schedules:
         return {"our_bsld": None, "our_utilization": None}
-    utilization = utilization_until_last_start if lock_in else lambda schedule: schedule.utilization
+    utilization = _utilization_until_last_start if lock_in else lambda schedule: schedule.utilization
     return {
         "our_bsld": float(np.mean([schedule.bounded_slowdown.mean() for schedule in schedules])),
         "our_utilization": float(np.mean([utilization(schedule) for schedule in schedules])),
     }
 
 
-def published_row(reference: dict[str, Any], trace: str, backfill: bool, rule: str) -> dict[str, Any]:
+def _utilization_until_last_start(schedule: Schedule) -> float:
+    """As RLScheduler has it: until the last start, so that what runs afterwards counts as if it were done by then."""
+    work = schedule.service_time @ schedule.jobs.demand[:, 0]
+    return float(work / schedule.cluster.capacity.sum() / (schedule.start_time.max() - schedule.jobs.submit_time[0]))
+
+
+def _published_row(reference: dict[str, Any], trace: str, backfill: bool, rule: str) -> dict[str, Any]:
     published, mode = reference["published"], "backfill_on" if backfill else "backfill_off"
     column = published["order"].index(rule)
     figures = {metric: published[metric][mode][trace][column] for metric in ("bsld", "utilization")}
     return {"trace": trace, "lock_in": True, "backfill": backfill, "rule": rule, "policy": None} | figures
 
 
-def rival(reference: dict[str, Any], trace: str, policy: Policy) -> dict[str, Any]:
+def _rival(reference: dict[str, Any], trace: str, policy: Policy) -> dict[str, Any]:
     """The figures that a policy is put beside: the published RL, or the best rule where nothing is locked in."""
-    if locks_in(policy):
-        row = published_row(reference, trace, policy.metadata.backfill == "easy", "RL")
+    if _locks_in(policy):
+        row = _published_row(reference, trace, policy.metadata.backfill == "easy", "RL")
     else:
-        row = best_without_lock_in(reference, trace)
+        row = _best_without_lock_in(reference, trace)
     return row | {"policy": policy.name}
 
 
-def best_without_lock_in(reference: dict[str, Any], trace: str) -> dict[str, Any]:
+def _best_without_lock_in(reference: dict[str, Any], trace: str) -> dict[str, Any]:
     rules = reference["rules_without_lock_in"]["results"][trace]
     best = min(rules, key=lambda rule: rules[rule]["bsld"])
     figures = {"bsld": rules[best]["bsld"], "utilization": rules[best]["util"]}
     return {"trace": trace, "lock_in": False, "backfill": True, "rule": best} | figures
 
 
-def read_reference(path: Path) -> dict[str, Any]:
-    try:
-        reference = json.loads(path.read_text())
-        for trace, info in reference["traces"].items():
-            info["trace_file"], info["n_jobs_loaded"], info["max_procs"]
-            info["protocols"]["tableV_1024x10"]["start_indexes"]
-            for backfill in (False, True):
-                for rule in reference["published"]["order"]:
-                    published_row(reference, trace, backfill, rule)
-            best_without_lock_in(reference, trace)
-        return reference
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; give the path of rlscheduler.json") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not the published figures; give the path of rlscheduler.json") from None
+def _locks_in(policy: Policy) -> TypeGuard[OnnxPolicy]:
+    return isinstance(policy, OnnxPolicy) and policy.metadata.lock_in
 
 
-def published_table(rows: list[dict[str, Any]]) -> Table:
+def _as_replayed(policy: Policy) -> list[Policy]:
+    """One that locks in without and with backfilling, whichever it was trained with: RLScheduler trains one network a
+    trace, too, and only switches backfilling on where that is replayed (its make_table_script.py)."""
+    if not _locks_in(policy):
+        return [policy]
+    modes: tuple[Literal["easy", "none"], ...] = ("none", "easy")
+    ways = [copy(policy) for _ in modes]
+    for way, backfill in zip(ways, modes, strict=True):
+        way.metadata = replace(policy.metadata, backfill=backfill)
+    return [*ways]
+
+
+def _published_table(rows: list[dict[str, Any]]) -> Table:
     """Bounded slowdown and utilization beside the published, to as many decimals.
 
     One differs: the utilization of sjf with backfilling on SDSC-SP2, 0.66046 in RLScheduler's own code as well, is
@@ -200,18 +216,3 @@ def published_table(rows: list[dict[str, Any]]) -> Table:
                 cells.append(f"{ours / theirs - 1:+.1%}")
         table.add_row(*cells)
     return table
-
-
-@dataclass
-class RLScheduler:
-    """Replay the protocol of RLScheduler (Zhang et al., SC'20) beside what it publishes."""
-
-    traces: Path
-    """the folder with the traces"""
-    reference: Path
-    """rlscheduler.json: the published figures, and which jobs they are of"""
-    policies: tuple[str, ...] = ()
-    """trained policies (policy.onnx or a run's folder) to replay as well: one that was trained with --lock-in beside
-    the published RL, without backfilling and with it; another, or a rule, beside the best rule without lock-in"""
-    output: Path | None = None
-    """where to write the rows as JSON"""

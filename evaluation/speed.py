@@ -38,6 +38,7 @@ import ppo_scheduler
 from policies import load_policy
 from scheduler_env import SchedulerVectorEnv
 from simulator.replay import simulate
+from training.run import Run
 from workloads.generated import generate_jobs
 from workloads.jobs import Cluster, Workload, scale_load
 from workloads.load import load_workload
@@ -213,14 +214,14 @@ def timed(owner: Any, attribute: str, seconds: list[float]) -> Iterator[None]:
 PARTS = ("simulator", "policy", "update", "validation")
 
 
-def learner(args: Speed, script: ModuleType, last: Callable[[Any], None]) -> dict[str, Any]:
+def learner(args: Speed, script: ModuleType, last: Callable[[Run], None]) -> dict[str, Any]:
     """Run a script as its command does, with fewer decisions (and evaluations) if `args.seconds` is less than one.
 
     Returns the decisions_per_second of its training loop, validation included, the shares[part] of its time, and the
     update_seconds of one call of `update`.
 
     Args:
-        last: called with the trainer after all.
+        last: called with the run after all its iterations.
     """
     usual = script.Args()
     flags = script.Args(
@@ -230,31 +231,32 @@ def learner(args: Speed, script: ModuleType, last: Callable[[Any], None]) -> dic
         num_evaluations=max(1, round(usual.num_evaluations * min(1.0, args.seconds))),
     )  # fmt: skip
     found: dict[str, Any] = {}
-    train = script.train
+    iterations = Run.iterations
 
-    def measured(trainer: Any, *others: Any) -> bool:
-        steps, updates, validations = [], [], []
+    def measured(run: Run) -> Iterator[int]:
+        steps: list[float] = []
+        updates: list[float] = []
+        validations: list[float] = []
         with (
-            timed(trainer.envs, "step", steps),
+            timed(run.envs, "step", steps),
             timed(script, "update", updates),
-            timed(trainer, "propose", validations),
-            timed(trainer, "judge_proposed", validations),
-            timed(trainer, "checkpoint", validations),
+            timed(run, "propose", validations),
+            timed(run, "judge_proposed", validations),
+            timed(run, "checkpoint", validations),
         ):
             begin = time.perf_counter()
-            finished = train(trainer, *others)
+            yield from iterations(run)
             whole = time.perf_counter() - begin
         rest = whole - sum(steps + updates + validations)  # the forward passes of the rollout, mostly
         parts = dict(zip(PARTS, (sum(steps), rest, sum(updates), sum(validations)), strict=True))
         found["decisions_per_second"] = len(steps) * args.num_envs / whole
         found["shares"] = {part: seconds / whole for part, seconds in parts.items()}
         found["update_seconds"] = float(np.median(updates))
-        last(trainer)
-        return finished
+        last(run)
 
     quiet = StringIO()
     hidden = redirect_stdout(quiet), redirect_stderr(quiet)
-    with TemporaryDirectory() as folder, chdir(folder), hidden[0], hidden[1], patch.object(script, "train", measured):
+    with TemporaryDirectory() as folder, chdir(folder), hidden[0], hidden[1], patch.object(Run, "iterations", measured):
         script.main(flags)
     return found
 
@@ -277,15 +279,13 @@ def ppo(args: Speed) -> dict[str, Any]:
         flops.append(counter.get_total_flops())
         return result
 
-    def last(trainer: Any) -> None:
-        device = trainer.device
-        a = torch.rand(1024, 1024, device=device)
+    def last(run: Run) -> None:
+        a = torch.rand(1024, 1024, device=run.device)
         rate = per_second(args, lambda: (a @ a)[0, 0].item(), 2 * 1024**3)
         results.update(matmul_gflops=rate / 1e9, ppo_update_gflop=flops[0] / 1e9)
-        path = Path("policy.onnx").absolute()
-        ppo_scheduler.export_onnx(trainer.average.module, path, trainer.layout, trainer.metadata(None))
-        policy = load_policy(str(path))
-        observations = np.resize(trainer.envs.observations, (max(BATCHES), trainer.layout.size))
+        run.export(run.exported, "last.onnx", None)
+        policy = load_policy(str(run.folder / "last.onnx"))
+        observations = np.resize(run.envs.observations, (max(BATCHES), run.layout.size))
         calls = {str(size): per_second(args, lambda size=size: policy.predict(observations[:size])) for size in BATCHES}
         results.update(policy_calls_per_second=calls)
 

@@ -1,6 +1,6 @@
-"""From jobs and clusters to the arrays that the kernels take."""
+"""From jobs and clusters to the arrays that the kernels take; N counts jobs, M nodes, R resources."""
 
-from __future__ import annotations
+from typing import Any
 
 import numpy as np
 
@@ -8,9 +8,13 @@ from simulator.kernels import (
     AREA,
     JOB,
     REQUESTED,
+    SCALARS,
     SIZE,
+    START,
     STATIC,
     STATIC_FEATURES,
+    TIMED,
+    Batch,
     Past,
     Problem,
 )
@@ -20,6 +24,10 @@ from workloads.jobs import Cluster, Jobs
 
 
 def check_workload(jobs: Jobs, cluster: Cluster) -> None:
+    """
+    Raises:
+        ValueError: there are no jobs, or there is one that no simulation could run.
+    """
     if len(jobs) == 0:
         raise ValueError("the workload has no jobs")
     if not (np.isfinite(jobs.submit_time).all() and (jobs.run_time > 0).all()):
@@ -92,6 +100,13 @@ def problem_arrays(
     scores: np.ndarray | None = None,
     recorded: np.ndarray | None = None,
 ) -> Problem:
+    """What does not change while these jobs are simulated under the rule.
+
+    Args:
+        groups: int32[N, 3], see `job_groups`.
+        scores: float64[N] in place of the rule's, whose order is STATIC.
+        recorded: float64[N], the estimates of run times (see `recorded_estimates`); None: those of the simulation.
+    """
     size = job_size(jobs, cluster)
     unit = 1.0 / cluster.capacity.max(0)
     requested = np.maximum(jobs.requested_time, 0.0)  # -1 in some published sequences
@@ -112,3 +127,29 @@ def problem_arrays(
         rule.head == rule.backfill and rule.head <= STATIC,
         recorded is not None, OBJECTIVES[objective], backfill == "easy", lock_in,
     )  # fmt: skip
+
+
+def empty_batch(count: int, length: int, cluster: Cluster, groups: int) -> Batch:
+    """`count` states for episodes of at most `length` jobs, with histories of `groups` groups."""
+    nodes, resources = cluster.capacity.shape
+
+    def zeros(*shape: int, dtype: Any = np.float64) -> np.ndarray:
+        return np.zeros((count, *shape), dtype)
+
+    return Batch(
+        s=zeros(dtype=SCALARS),
+        queue=zeros(length, dtype=np.int64),
+        order=zeros(length, dtype=np.int64),
+        seen=zeros(length, dtype=np.int64),
+        rank=zeros(length),
+        score=zeros(length),
+        ends=zeros(length, dtype=TIMED),
+        dues=zeros(length, dtype=TIMED),
+        free=zeros(nodes, resources),
+        spare=zeros(resources),
+        most=zeros(resources),
+        room=zeros(nodes, resources),
+        history=zeros(groups, 4),
+        plan=zeros(length, dtype=START),
+        groups=np.full((count, length, 3), -1, np.int32),  # of no group: so it stays where the rule uses no history
+    )

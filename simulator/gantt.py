@@ -1,7 +1,5 @@
 """Gantt charts as pixels, for TensorBoard, `render` and reports."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from simulator.schedule import Schedule
@@ -30,9 +28,8 @@ def gantt(schedule: Schedule, now: float, queue: Jobs | None = None, rows: int =
         height = max(rows // max(len(queue), 32), 1)
         for k in range(min(len(queue), rows // height)):
             width = max(1, int(asked[k] * (columns - chart - 6)))
-            image[k * height : (k + 1) * height - (height > 2), chart + 6 : chart + 6 + width] = palette[
-                queue.user[k] % 64
-            ]
+            bar = image[k * height : (k + 1) * height - (height > 2), chart + 6 : chart + 6 + width]
+            bar[:] = palette[queue.user[k] % 64]
     return image
 
 

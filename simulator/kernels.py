@@ -3,8 +3,9 @@
 One file, because Numba's cache does not see other files: a constant that a kernel reads from elsewhere would stay what
 it was when the kernel was compiled. So the codes of rules and the widths of observations are defined here, too.
 
-The file reads downwards: codes, the state, events, what a rule decides, roll-outs, observations, one step, one moment
-of a real cluster. Functions marked ``@kernel`` are called by others of this file, those marked ``@entry`` by Python.
+The file reads downwards: pointers to states, codes, the state of a simulation, its queue and running jobs, events, what
+a rule decides, RLScheduler's lock-in, roll-outs, observations, episodes, one moment of a real cluster. Functions marked
+``@kernel`` are called by others of this file, those marked ``@entry`` by Python.
 
 Vocabulary: the *head* is the job a rule wants to start next; its *shadow time* is the earliest time at which it fits if
 every running job ended at its requested time; *backfilling* starts other jobs that cannot delay it (EASY: Lifka 1995,
@@ -35,9 +36,11 @@ kernel = numba.njit(
 )
 
 
+# --------------------------------------------------------------------------------------------------- pointers to states
 class Ref(types.Type):
-    """A pointer to a named tuple. Numba passes tuples by value, word by word: with a state of ten arrays in every call,
-    that doubles both the compile time and the run time."""
+    """The type of a pointer to a named tuple. Numba passes tuples by value, word by word: with a state of ten arrays in
+    every call, that doubles both the compile time and the run time. The next four say what it is in machine code, which
+    type ref.field has, how it is read, and how a kernel makes a Ref."""
 
     def __init__(self, target: types.NamedTuple) -> None:
         self.target = target
@@ -69,7 +72,7 @@ def by_reference(context, value):
     return Ref(value)(value), lambda _, builder, __, values: cgutils.alloca_once_value(builder, values[0])
 
 
-# --------------------------------------------------------------------------------------------------------- rules
+# ---------------------------------------------------------------------------------------------------------------- codes
 # Orders: the first seven never change while a job waits, so the queue is kept sorted by them.
 FIFO, SJF, SAF, LJF, F1, RANDOM, STATIC, WFP3, UNICEP, UNICEP_RLSCHEDULER, XF, SJF_HISTORY, SAF_HISTORY = range(13)
 TETRIS, TUNED = 13, 14
@@ -85,14 +88,19 @@ TERMS += ("requested_queued", "size_queued", "waited_queued")
 NODE_TERMS = ("speed", "left", "least_left", "most_left", "speed_requested")
 TERM_COUNT, HEAD_TERMS, BACKFILL_TERMS, RESERVE_TERMS, NODE_WEIGHTS = len(TERMS), 0, 1, 2, 3 * len(TERMS)
 PATIENCE = NODE_WEIGHTS + len(NODE_TERMS)  # the last number: who has waited for longer (hours) goes first, oldest first
-# --------------------------------------------------------------------------------- the state of one simulation
-# What does not change in an episode: its jobs, their demand[i, r], features[i, f] and groups[i, c]; the nodes'
-# capacity[m, r] and speed[m], unit[r] (one over the largest node's capacity); the rule and the semantics.
+
+# ------------------------------------------------------------------------------------------ the state of one simulation
+# What does not change in an episode: its jobs, their demand[i, r], static features[i, f] and groups[i, c] (whose
+# history they belong to); the nodes' capacity[m, r] and speed[m], unit[r] (one over the largest node's capacity), the
+# fastest speed and the total of the first resource; the rule (see `Rule`), whether one sorted queue serves as its order
+# of heads and of backfilling, and whether estimates are as recorded; the objective, and what reservations mean.
 Problem = namedtuple(
     "Problem",
     "jobs demand features groups capacity speed unit fastest total "
     "head backfill mode nodes weights patience sorted_head recorded objective easy lock_in",
 )
+# Of a job: times in seconds, its size as in `job_size`, scores that never change, what a tuned rule looks at, and the
+# estimate of its run time that the trace says was known.
 JOB = np.dtype(
     [(x, "f8") for x in ("submit", "run", "requested", "size", "head_score", "backfill_score")]
     + [(x, "f8") for x in ("log_requested", "log_size", "recorded")]
@@ -105,16 +113,27 @@ JOB = np.dtype(
 # reference rule.
 Sim = namedtuple("Sim", "s queue order seen rank score ends dues free spare most room history plan")
 TIMED = np.dtype([("time", "f8"), ("job", "i8")])
-START = np.dtype([("start", "f8"), ("node", "i8")])
+START = np.dtype([("start", "f8"), ("node", "i8")])  # of a plan
+# The record s.
 SCALARS = np.dtype(
-    [("now", "f8"), ("shadow", "f8"), ("gain", "f8"), ("clear", "f8"), ("cost", "f8"), ("paid", "f8")]
-    + [("returned", "f8")]
-    + [(name, "i8") for name in "first arrived stop queued running scan reserved reserved_node started".split()]
-    + [(name, "i8") for name in "rule_job rule_node visible counted on_track full decisions episode".split()]
+    [(x, "f8") for x in ("now", "shadow")]  # seconds; the shadow time of the reservation
+    # Of a roll-out: what it has gained over the plan, and when all jobs that started differently have ended.
+    + [(x, "f8") for x in ("gain", "clear")]
+    # What rewards are relative to (improvement) or has accrued (cost); what started jobs have paid; rewards so far.
+    + [(x, "f8") for x in ("cost", "paid", "returned")]
+    # The episode's first job in the workload; how many of its jobs have arrived, ever do, are queued, are running; how
+    # far `order` has been scanned since the last event.
+    + [(x, "i8") for x in ("first", "arrived", "stop", "queued", "running", "scan")]
+    # The job that a node is reserved for (-1: none); how many have started; what the rule would do (-1: wait).
+    + [(x, "i8") for x in ("reserved", "reserved_node", "started", "rule_job", "rule_node")]
+    # How many jobs the agent sees, and its rewards are of; whether it did what the rule does; see `Plan` for full; how
+    # many decisions it has taken; and which of a row of episodes this is.
+    + [(x, "i8") for x in ("visible", "counted", "on_track", "full", "decisions", "episode")]
 )
 LAST, PREVIOUS, COUNT, FEATURE = range(4)  # of a row of `history`: run times of the jobs of a group that have finished
 
 
+# --------------------------------------------------------------------------------------- the queue and the running jobs
 @kernel
 def copy_rows(source, to):
     """As many rows as `to` has (an assignment of slices would allocate, in case they overlap)."""
@@ -278,7 +297,7 @@ def begin(sim, p, i, m):
     add_running(sim, i, end, due)
 
 
-# ------------------------------------------------------------------------------------------------------- events
+# --------------------------------------------------------------------------------------------------------------- events
 @kernel
 def remember(sim, p, i):
     """A job has finished: its run time becomes known to the history of its user and its kind."""
@@ -398,7 +417,7 @@ def reserve(sim, p, i, m):
     s.reserved, s.reserved_node, s.scan = i, m, 0
 
 
-# ------------------------------------------------------------------------------------------- what a rule decides
+# -------------------------------------------------------------------------------------------------- what a rule decides
 @kernel
 def estimate(sim, p, i):
     """Mean of the user's last two run times, at most what was requested (Tsafrir, Etsion & Feitelson 2007)."""
@@ -628,6 +647,7 @@ def act(sim, p, i, m):
         reserve(sim, p, i, m)
 
 
+# ------------------------------------------------------------------------------------------------ RLScheduler's lock-in
 @kernel
 def lock_in_event(sim, p):
     """RLScheduler's clock: one arrival, or else one completion, at a time."""
@@ -647,7 +667,7 @@ def lock_in_event(sim, p):
 
 @kernel
 def due_of(sim, p, k):
-    """The requested end of the k-th entry of `end_job`."""
+    """The requested end of the k-th entry of `ends`."""
     i = sim.ends[k].job
     return sim.plan[i].start + p.jobs[i].requested / p.speed[sim.plan[i].node]
 
@@ -697,6 +717,7 @@ def lock_in_start(sim, p, i, m):
     begin(sim, p, i, m)
 
 
+# ------------------------------------------------------------------------------------------------------------ roll-outs
 @kernel
 def overtaken(sim):
     """Whether a job still queued here has started on the stored trajectory."""
@@ -731,37 +752,16 @@ def run_rule(sim, p, until):
             return
 
 
-# ------------------------------------------------------------------------------------ observations and one step
-JOB_FEATURES = ("present", "requested", "size", "area", "waited", "expansion", "fits", "may_start", "earliest_start")
-JOB_FEATURES += (
-    "reserved",
-    "rule_choice",
-    "position",
-    "behind",
-    "user_time",
-    "user_known",
-    "request_time",
-    "request_known",
-)
-JOB_FEATURES += ("kind_time", "kind_known")  # then R columns: demand over the largest node's capacity
+# --------------------------------------------------------------------------------------------------------- observations
+JOB_FEATURES = (
+    "present", "requested", "size", "area", "waited", "expansion", "fits", "may_start", "earliest_start", "reserved",
+    "rule_choice", "position", "behind",
+    "user_time", "user_known", "request_time", "request_known", "kind_time", "kind_known",  # from HISTORY on
+)  # then R columns: demand over the largest node's capacity # fmt: skip
 NODE_FEATURES = ("speed", "reserved", "shadow", "next_release", "rule_choice")  # then R of free and R of capacity
 CLUSTER_FEATURES = ("queued", "hidden", "running", "reservation", "shadow", "rule_waits", "queued_work")
-(
-    PRESENT,
-    REQUESTED,
-    SIZE,
-    AREA,
-    WAITED,
-    EXPANSION,
-    FITS,
-    MAY_START,
-    EARLIEST,
-    RESERVED,
-    RULE_CHOICE,
-    POSITION,
-    BEHIND,
-) = range(13)
-HISTORY = 13
+PRESENT, REQUESTED, SIZE, AREA, WAITED, EXPANSION, FITS, MAY_START, EARLIEST, RESERVED = range(10)
+RULE_CHOICE, POSITION, BEHIND, HISTORY = range(10, 14)
 STATIC_FEATURES = 4  # the first ones never change while a job waits
 JOB_WIDTH, NODE_WIDTH, CLUSTER_WIDTH = len(JOB_FEATURES), len(NODE_FEATURES), len(CLUSTER_FEATURES)
 
@@ -891,7 +891,7 @@ def rank_view(sim, p):
 
 @kernel
 def observe(sim, p, window, obs, mask):
-    """Write the observation (float32[D], see `split`) and the mask (bool[K*M + 1]) of a decision point."""
+    """Write the observation (float32[D], see `Layout.split`) and the mask (bool[K*M + 1]) of a decision point."""
     s = sim.s[0]
     nodes, resources = p.capacity.shape
     visible = s.visible
@@ -938,6 +938,22 @@ def observe(sim, p, window, obs, mask):
         row[CLUSTER_WIDTH + a] = mask[a]
 
 
+# ------------------------------------------------------------------------------------------------------------- episodes
+# What an episode is, as the environment's arguments say it (not `Sim.plan`, a trajectory): how many jobs the agent sees
+# (0: there is no agent, the rule schedules everything), how many arrive before it decides, meanwhile and after it;
+# whether rewards are improvements over the rule, and whether roll-outs always go on to the end.
+Plan = namedtuple("Plan", "window warmup decided followup improvement full")
+# Simulations side by side: the fields of `Sim` with an axis of environments e before their others, and the groups[e, i,
+# c] of the episodes' jobs, which number rows of history[e].
+Batch = namedtuple("Batch", "s queue order seen rank score ends dues free spare most room history plan groups")
+# The run times of the past, by group (of the workload's `groups`) and in order of their end: rows offset[g] ..
+# offset[g + 1].
+Past = namedtuple("Past", "offset end run")
+# To number an episode's groups with: the new[g] and old[g] number of a group of the workload, which are -1 between two
+# uses, and the history under the old numbers.
+Numbers = namedtuple("Numbers", "new old history")
+
+
 @kernel
 def copy_sim(sim, to):
     s, t = sim.s[0], to.s[0]
@@ -967,14 +983,6 @@ def accrued(sim, p):
     for k in range(sim.s[0].queued):
         cost += waiting_cost(p, sim.queue[k], sim.s[0].now)
     return cost
-
-
-# What an episode is: whole numbers and flags of the environment's arguments.
-Plan = namedtuple("Plan", "window warmup decided followup improvement full")
-# The run times of the past, by group (of `groups`) and in order of their end: rows offset[g] .. offset[g + 1].
-Past = namedtuple("Past", "offset end run")
-# To number groups with: new[g] and old[g], which are -1 between two uses, and the history under the old numbers.
-Numbers = namedtuple("Numbers", "new old history")
 
 
 @kernel
@@ -1211,7 +1219,7 @@ def step_envs(low, high, actions, whole, batch, others, part, plan, obs, mask, r
             obs[e], mask[e] = 0, False
 
 
-# ------------------------------------------------------------------------------------ one moment of a real cluster
+# ----------------------------------------------------------------------------------------- one moment of a real cluster
 @kernel
 def possible_somewhere(p, i):
     for m in range(p.speed.shape[0]):

@@ -1,16 +1,11 @@
 """One moment of a real cluster, and what a rule or an agent would do there."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.arrays import job_groups, problem_arrays
+from simulator.arrays import empty_batch, job_groups, problem_arrays
 from simulator.kernels import (
-    SCALARS,
-    START,
-    TIMED,
     Sim,
     act_at_moment,
     compiling,
@@ -51,9 +46,7 @@ class Moment:
 
     def __init__(self, state: ClusterState, rule: Rule, backfill: str = "easy") -> None:
         cluster, grid = state.cluster.on_grid, state.cluster.grid
-        parts = (
-            [state.running, state.queued] if state.finished is None else [state.finished, state.running, state.queued]
-        )
+        parts = [*([] if state.finished is None else [state.finished]), state.running, state.queued]
         finished = 0 if state.finished is None else len(state.finished)
         ordered = [np.argsort(part.submit_time, kind="stable") for part in parts[-2:]]
         self.numbers, self._first = ordered[1], finished + len(ordered[0])
@@ -70,19 +63,14 @@ class Moment:
             joined("submit_time"), run_time, requested, demand, user, unknown, executable, unknown, unknown, unknown
         )
         groups = job_groups(jobs) if finished else np.full((len(jobs), 3), -1, np.int32)
-        count, (nodes, resources) = len(jobs), cluster.capacity.shape
-        plan = np.zeros(count, START)
-        plan["start"] = np.inf
-        running = slice(finished, self._first)
-        plan["start"][running], plan["node"][running] = state.start_time[ordered[0]], state.node[ordered[0]]
-        free = np.full_like(cluster.capacity, np.inf) if state.free is None else np.rint(state.free / grid) * grid
         problem = problem_arrays(jobs, cluster, groups, rule, backfill=backfill)
         self.problem = problem._replace(capacity=cluster.capacity.copy())
-        self.sim = Sim(
-            np.zeros(1, SCALARS), *np.zeros((3, count), np.int64), *np.zeros((2, count)), np.zeros(count, TIMED),
-            np.zeros(count, TIMED), free, np.zeros(resources), np.zeros(resources), np.zeros((nodes, resources)),
-            np.zeros((int(groups.max(initial=-1)) + 1, 4)), plan,
-        )  # fmt: skip
+        s, *rows = empty_batch(1, len(jobs), cluster, int(groups.max(initial=-1)) + 1)
+        self.sim = Sim(s, *(row[0] for row in rows[:-1]))
+        self.sim.free[:] = np.inf if state.free is None else np.rint(state.free / grid) * grid
+        start, running = self.sim.plan["start"], slice(finished, self._first)
+        start[:] = np.inf
+        start[running], self.sim.plan["node"][running] = state.start_time[ordered[0]], state.node[ordered[0]]
         with compiling():
             restore(self.problem, self.sim, float(state.now), finished, len(state.running))
 
@@ -90,9 +78,9 @@ class Moment:
     def reserved(self) -> tuple[int, int, float] | None:
         """The job that a node is reserved for, that node, and the job's shadow time."""
         s = self.sim.s[0]
-        return (
-            (self._number(s["reserved"]), int(s["reserved_node"]), float(s["shadow"])) if s["reserved"] >= 0 else None
-        )
+        if s["reserved"] < 0:
+            return None
+        return self._number(s["reserved"]), int(s["reserved_node"]), float(s["shadow"])
 
     def observe(self, layout: Layout) -> tuple[np.ndarray, bool]:
         """The observation float32[D], and whether some visible job may start now."""

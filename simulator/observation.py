@@ -1,7 +1,5 @@
 """How an observation is laid out: jobs, nodes, cluster, and the mask of legal actions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -6,36 +6,17 @@
 `Simulator` owns the arrays that the kernels work on, for environments and for replays.
 """
 
-from __future__ import annotations
-
-from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from simulator.arrays import check_workload, job_groups, past_runs, problem_arrays, recorded_estimates
-from simulator.kernels import (
-    SCALARS,
-    START,
-    TETRIS,
-    TIMED,
-    Numbers,
-    Past,
-    Plan,
-    Sim,
-    compiling,
-    go_on_envs,
-    reset_envs,
-    step_envs,
-)
+from simulator.arrays import check_workload, empty_batch, job_groups, past_runs, problem_arrays, recorded_estimates
+from simulator.kernels import TETRIS, Numbers, Past, Plan, compiling, go_on_envs, reset_envs, step_envs
 from simulator.rules import Rule, parse_rule, uses_history
 from simulator.schedule import Schedule
 from workloads.jobs import Workload
-
-Batch = namedtuple("Batch", (*Sim._fields, "groups"))
 
 
 class Simulator:
@@ -71,10 +52,10 @@ class Simulator:
             jobs, cluster, groups, rule, objective=objective, backfill=backfill, lock_in=lock_in, scores=scores,
             recorded=recorded_estimates(jobs) if recorded and uses_history(rule) else None,
         )  # fmt: skip
-        self.batch = self._allocate(count, length, 3 * length if history else 0)
+        self.batch = empty_batch(count, length, cluster, 3 * length if history else 0)
         self.batch.s["stop"] = length
         parts = max(threads, min(4 * threads, count // 64)) if threads > 1 else 1  # who is done early takes the next
-        self._others = self._allocate(parts, length, 3 * length if self.rule_uses_history else 0)
+        self._others = empty_batch(parts, length, cluster, 3 * length if self.rule_uses_history else 0)  # for roll-outs
         unknown = np.full(len(self.past.offset), -1)
         rows = self.batch.history.shape[1:]
         self._numbers = [Numbers(unknown.copy(), unknown.copy(), np.zeros(rows)) for _ in range(parts)]
@@ -111,6 +92,13 @@ class Simulator:
 
         self._parallel(work)
 
+    def schedule(self, e: int, first: int = 0, last: int | None = None) -> Schedule:
+        """What simulation e did, or plans to do, with its jobs first..last."""
+        s = self.batch.s[e]
+        last = s["stop"] if last is None else last
+        plan, jobs = self.batch.plan[e, first:last], self.jobs[s["first"] + first : s["first"] + last]
+        return Schedule(jobs, self.cluster, plan["start"].copy(), plan["node"].copy(), int(s["decisions"]))
+
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown()
@@ -123,38 +111,6 @@ class Simulator:
                 list(self._pool.map(lambda part: work(*part), parts))
             else:
                 work(*parts[0])
-
-    def _allocate(self, count: int, length: int, groups: int) -> Any:
-        """`count` states for episodes of at most `length` jobs, with histories of `groups` groups."""
-        nodes, resources = self.cluster.capacity.shape
-
-        def empty(*shape: int, dtype: type = np.float64) -> np.ndarray:
-            return np.zeros((count, *shape), dtype)
-
-        return Batch(
-            np.zeros(count, SCALARS),
-            empty(length, dtype=np.int64),
-            empty(length, dtype=np.int64),
-            empty(length, dtype=np.int64),
-            empty(length),
-            empty(length),
-            empty(length, dtype=TIMED),
-            empty(length, dtype=TIMED),
-            empty(nodes, resources),
-            empty(resources),
-            empty(resources),
-            empty(nodes, resources),
-            empty(groups, 4),
-            empty(length, dtype=START),
-            np.full((count, length, 3), -1, np.int32),  # of no group: so it stays where the rule uses no history
-        )
-
-    def schedule(self, e: int, first: int = 0, last: int | None = None) -> Schedule:
-        """What simulation e did, or plans to do, with its jobs first..last."""
-        s = self.batch.s[e]
-        last = s["stop"] if last is None else last
-        plan, jobs = self.batch.plan[e, first:last], self.jobs[s["first"] + first : s["first"] + last]
-        return Schedule(jobs, self.cluster, plan["start"].copy(), plan["node"].copy(), int(s["decisions"]))
 
 
 class Replay:
@@ -192,7 +148,7 @@ class Replay:
         nothing = np.zeros((len(self._core.batch.s), 0), np.float32)
         plan = Plan(0, self._core.length, 0, 0, False, True)
         self._core.reset(which, plan, nothing, nothing.astype(bool))
-        return [self._core.schedule(e) for e in which]
+        return [self._core.schedule(e) for e in which.tolist()]
 
 
 def simulate(

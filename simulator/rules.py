@@ -6,8 +6,6 @@ A name becomes a `Rule`, which the kernels follow:
     parse_rule("easy-wfp3+sjf@48")
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -73,11 +71,6 @@ class Rule(NamedTuple):
         return self.name.partition(":")[0]
 
 
-def tuned_rule(weights: np.ndarray) -> str:
-    """The name of the tuned rule with these weights float64[PATIENCE + 1]; they are part of the name."""
-    return "tuned:" + ",".join(f"{w:.6g}" for w in weights)
-
-
 _NAMED_RULES = {
     "tetris": Rule("tetris", TETRIS, TETRIS, GREEDY),  # Grandl et al., SIGCOMM 2014: alignment of demand and free
     "best-fit": Rule("best-fit", FIFO, FIFO, GREEDY, BEST_FIT),
@@ -134,6 +127,11 @@ def _patient(rule: Rule, name: str, hours: str) -> Rule:
             f"unknown rule {name!r}: behind @ goes a number of hours, behind a rule that has an order of jobs"
         )
     return rule._replace(name=name, patience=patience)
+
+
+def tuned_rule(weights: np.ndarray) -> str:
+    """The name of the tuned rule with these weights float64[PATIENCE + 1]; they are part of the name."""
+    return "tuned:" + ",".join(f"{w:.6g}" for w in weights)
 
 
 def _weights(name: str) -> tuple[float, ...]:

@@ -1,15 +1,13 @@
-"""Who started when and where, and what that cost the jobs."""
-
-from __future__ import annotations
+"""Who started when and where, and what that cost the jobs: waits, latencies, slowdowns, utilization."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.kernels import SLOWDOWN_BOUND
+from simulator.kernels import LATENCY, SLOWDOWN, SLOWDOWN_BOUND, TAIL, WAIT
 from workloads.jobs import Cluster, Jobs
 
-OBJECTIVES = {"latency": 0, "wait": 1, "slowdown": 2, "tail": 3}
+OBJECTIVES = {"latency": LATENCY, "wait": WAIT, "slowdown": SLOWDOWN, "tail": TAIL}
 # What schedules are compared by: a property of `Schedule`.
 METRIC = {"latency": "latency", "wait": "wait", "slowdown": "bounded_slowdown", "tail": "wait"}
 

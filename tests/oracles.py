@@ -5,7 +5,7 @@ along with an environment and compares the two at every decision.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from hypothesis import strategies as st
@@ -79,6 +79,27 @@ def workloads(min_jobs: int = 1, max_jobs: int = 40, **fixed: object) -> st.Sear
         "grain": st.sampled_from([1.0, 0.1]),
     }
     return st.builds(make_workload, **(free | {name: st.just(value) for name, value in fixed.items()}))
+
+
+def random_jobs(rng: np.random.Generator, count: int) -> Jobs:
+    """Any jobs that SWF can express, on up to 64 processors with up to 512 GB."""
+    identifiers = rng.integers(-1, 2**31 - 1, size=(5, count))
+    return Jobs(
+        submit_time=np.sort(rng.uniform(0, 1e7, count)),
+        run_time=rng.uniform(1e-3, 1e6, count),
+        requested_time=rng.uniform(1e-3, 1e6, count),
+        demand=np.stack([rng.integers(1, 65, count), rng.integers(1, 513, count)], axis=1).astype(float),
+        **{
+            name: row.astype(np.int32)
+            for name, row in zip(("user", "group", "executable", "queue"), identifiers, strict=False)
+        },
+        wait_time=rng.uniform(0, 1e5, count),
+        job_id=identifiers[4],
+    )
+
+
+def same(left: Jobs, right: Jobs) -> bool:
+    return all(np.array_equal(getattr(left, field.name), getattr(right, field.name)) for field in fields(Jobs))
 
 
 def job_costs(schedule: Schedule, objective: str) -> np.ndarray:
@@ -174,14 +195,15 @@ class SlowCluster:
         return within(self.jobs.demand[i], self.free(m))
 
     def shadow(self, i: int, m: int) -> tuple[float, np.ndarray]:
-        """When job i fits on node m if running jobs end as requested (late ones in a second), and what is spare."""
+        """When job i fits on node m if running jobs end as requested, and what is spare. Late ones end in a second, in
+        the order in which they were due."""
         due = {j: self.start[j] + self.requested[j, m] for j in self.running(m)}
-        due = {j: end if end > self.now else self.now + 1.0 for j, end in due.items()}
+        ends = {j: end if end > self.now else self.now + 1.0 for j, end in due.items()}
         when, free = self.now, self.free(m)
-        for j in sorted(due, key=lambda j: (due[j], j)):
+        for j in sorted(due, key=lambda j: (ends[j], due[j], j)):
             if within(self.jobs.demand[i], free):
                 break
-            when = due[j]
+            when = ends[j]
             free = free + self.jobs.demand[j]
         return when, free - self.jobs.demand[i]
 

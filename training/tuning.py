@@ -3,7 +3,8 @@ https://arxiv.org/abs/1604.00772). `tuned_rule.py` is its command; agents start 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import cma
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from simulator.kernels import NODE_TERMS, NODE_WEIGHTS, PATIENCE, RESERVE_TERMS, TERM_COUNT, TERMS
 from simulator.replay import Replay, simulate
 from simulator.rules import tuned_rule
-from simulator.schedule import METRIC, Schedule
+from training.judgement import costs
 from workloads.jobs import Workload, resampled
 
 EACH = 16  # runs that a candidate is judged by
@@ -43,17 +44,6 @@ STARTS = {
 }
 
 
-def costs(schedules: list[Schedule], objective: str) -> np.ndarray:
-    """float64[S, 4]: of each schedule, without the first 5 % of its jobs, the mean of the objective, the 99th
-    percentile and the maximum of the wait, and the root mean square of the objective."""
-    rows = []
-    for schedule in schedules:
-        counted = slice(len(schedule.jobs) // 20, None)
-        cost, wait = getattr(schedule, METRIC[objective])[counted], schedule.wait[counted]
-        rows.append((cost.mean(), np.percentile(wait, 99), wait.max(), np.sqrt((cost**2).mean())))
-    return np.maximum(rows, 1e-9)  # on an idle cluster nobody waits, and ratios and logarithms are taken of this
-
-
 def badness(found: np.ndarray, base: np.ndarray) -> float:
     """What the fit minimises, of costs[S, 4] and EASY-FIFO's on the same segments: the logarithm of the mean and the
     mean of the logarithms of the costs, and what says that jobs starve: longer tails of the wait than EASY-FIFO's."""
@@ -70,7 +60,7 @@ def tune(
     *,
     backfill: str = "easy",
     lock_in: bool = False,
-    each: Callable[[range], object] = lambda steps: steps,
+    each: Callable[[range], Iterable[int]] = lambda steps: steps,
 ) -> str:
     """The name of the tuned rule that CMA-ES finds on runs put together from the workload's segments.
 
@@ -78,7 +68,7 @@ def tune(
     """
     rng = np.random.default_rng(seed)
     runs = resampled(workload, seed)
-    options = {"backfill": backfill, "lock_in": lock_in, "threads": os.cpu_count() or 1}
+    options: dict[str, Any] = {"backfill": backfill, "lock_in": lock_in, "threads": os.cpu_count() or 1}
     base = costs(Replay(runs, "easy-fifo", **options)(), objective)
     replay = Replay(runs, tuned_rule(STARTS["easy-sjf-history"]), **options)
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all. Every room writes some, so this is in the lowest one."""
 
 import json
 import os

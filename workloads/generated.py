@@ -1,4 +1,4 @@
-"""Generated clusters and jobs."""
+"""Generated clusters of many nodes, and jobs for any cluster: flavours, lognormal run times, bursts."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def generate_jobs(
         WorkloadError: a flavour fits on no node.
     """
     flavours = _default_flavours(cluster) if flavours is None else np.asarray(flavours, float)
-    if not (flavours[:, None] <= cluster.capacity).all(axis=2).any(axis=1).all():
+    if not np.any(np.all(flavours[:, None] <= cluster.capacity, axis=2), axis=1).all():
         raise WorkloadError("a flavour is larger than any node of the cluster; leave it out")
     share = (flavours / cluster.capacity.max(axis=0)).max(axis=1)  # a flavour's size, whatever its main resource
     weights = 1 / share if weights is None else np.asarray(weights, float)
@@ -61,7 +61,7 @@ def generate_jobs(
     drawn = np.clip(np.round(rng.lognormal(math.log(median), sigma, num_jobs)), 1.0, limit)
     work = probability @ flavours * _mean_cut_lognormal(median, sigma, limit)
     mean_gap = (work / (cluster.speed @ cluster.capacity)).max() / load
-    submit_time = np.round(_arrivals(rng, num_jobs, arrivals, mean_gap), 3)
+    submit_time = np.round(arrival_times(rng, num_jobs, arrivals, mean_gap), 3)
     return jobs_of_users(rng, submit_time, share[flavour], flavours[flavour], drawn)
 
 
@@ -76,7 +76,7 @@ def _mean_cut_lognormal(median: float, sigma: float, limit: float) -> float:
     return median * math.exp(sigma**2 / 2) * normal.cdf(z - sigma) + limit * (1 - normal.cdf(z))
 
 
-def _arrivals(rng: np.random.Generator, num_jobs: int, kind: str, mean_gap: float) -> np.ndarray:
+def arrival_times(rng: np.random.Generator, num_jobs: int, kind: str, mean_gap: float) -> np.ndarray:
     gap = rng.exponential(mean_gap, num_jobs)
     if kind == "bursty":
         gap *= _bursts(rng, num_jobs)

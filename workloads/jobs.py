@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-DAY = 86_400.0
+MINUTE, HOUR, DAY, WEEK = 60.0, 3_600.0, 86_400.0, 7 * 86_400.0
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -33,7 +33,7 @@ class Jobs:
     executable: np.ndarray  # int32[N]
     queue: np.ndarray  # int32[N]
     wait_time: np.ndarray  # float64[N], as the trace recorded it, 0 where unknown: tells when past jobs had ended
-    job_id: np.ndarray  # int64[N]
+    job_id: np.ndarray  # int64[N], what a trace calls a job (generated ones: from 1): for messages and tables
 
     def __len__(self) -> int:
         return len(self.submit_time)
@@ -138,9 +138,6 @@ def at_loads(workload: Workload, factors: Sequence[float]) -> Workload:
         parts.append(replace(jobs, user=np.where(jobs.user >= 0, jobs.user + copy * users, -1).astype(np.int32)))
         segments.append(workload.segments + copy * len(jobs))
     return replace(workload, jobs=Jobs.concatenate(parts), segments=np.concatenate(segments))
-
-
-WEEK = 7 * 86_400.0
 
 
 def resampled(

@@ -24,19 +24,19 @@ DAY_CURVE, DAY_START, BUCKETS = (6.1271, 5.2740), 11, 48
 def lublin_jobs(rng: np.random.Generator, num_jobs: int, max_procs: int = 256, load: float = 0.85) -> Jobs:
     """Batch jobs of the Lublin-Feitelson model with users, habits and estimates, which the model leaves open.
 
-    Sizes and run times are the model's, handed to users by `_by_habit`. The gaps between arrivals are stretched so
+    Sizes and run times are the model's, handed to users by `jobs_of_users`. The gaps between arrivals are stretched so
     that the expected offered load on `max_procs` processors is `load`; a single run's own varies around it.
     """
-    size = _lublin_sizes(rng, num_jobs, max_procs)
-    log_run = _truncated_gamma(rng, *_mixture(rng, size), LOG_RUN_LIMIT)
+    size = lublin_sizes(rng, num_jobs, max_procs)
+    log_run = truncated_gamma(rng, *mixture(rng, size), LOG_RUN_LIMIT)
     run_time = np.maximum(1.0, np.floor(np.exp(log_run)))
-    gap = np.exp(_truncated_gamma(rng, *(np.full(num_jobs, value) for value in GAP), LOG_GAP_LIMIT))
-    stretch = _lublin_mean_work(max_procs) / (max_procs * load) / _gamma_mean_exp(*GAP, LOG_GAP_LIMIT)[1]
+    gap = np.exp(truncated_gamma(rng, np.full(num_jobs, GAP[0]), np.full(num_jobs, GAP[1]), LOG_GAP_LIMIT))
+    stretch = lublin_mean_work(max_procs) / (max_procs * load) / _gamma_mean_exp(*GAP, LOG_GAP_LIMIT)[1]
     submit_time = np.floor(daily_clock(np.cumsum(gap * stretch)))
     return jobs_of_users(rng, submit_time, size, size[:, None], run_time)
 
 
-def _lublin_sizes(rng: np.random.Generator, num_jobs: int, max_procs: int) -> np.ndarray:
+def lublin_sizes(rng: np.random.Generator, num_jobs: int, max_procs: int) -> np.ndarray:
     """float64[N] processors; a machine that is no power of two cuts its largest jobs."""
     kind, stage, u = rng.random((3, num_jobs))
     high = math.log2(max_procs)
@@ -50,12 +50,13 @@ def _short_share(size: np.ndarray) -> np.ndarray:
     return np.clip(SHORT_SHARE_SLOPE * size + SHORT_SHARE_AT_ZERO, 0.0, 1.0)
 
 
-def _mixture(rng: np.random.Generator, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mixture(rng: np.random.Generator, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shape and scale, float64[N] each, of the gamma that the logarithm of each job's run time is drawn from."""
     short = rng.random(len(size)) <= _short_share(size)
     return np.where(short, SHORT_RUN[0], LONG_RUN[0]), np.where(short, SHORT_RUN[1], LONG_RUN[1])
 
 
-def _truncated_gamma(rng: np.random.Generator, shape: np.ndarray, scale: np.ndarray, limit: float) -> np.ndarray:
+def truncated_gamma(rng: np.random.Generator, shape: np.ndarray, scale: np.ndarray, limit: float) -> np.ndarray:
     values = rng.gamma(shape, scale)
     while len(again := np.flatnonzero(values > limit)):
         values[again] = rng.gamma(shape[again], scale[again])
@@ -76,9 +77,9 @@ def _gamma_mean_exp(shape: float, scale: float, limit: float) -> tuple[float, fl
 
 
 @cache
-def _lublin_mean_work(max_procs: int) -> float:
+def lublin_mean_work(max_procs: int) -> float:
     """E[size * run time] of the model in processor seconds, to about 0.3 %: sizes sampled, run times integrated."""
-    size = _lublin_sizes(np.random.default_rng(0), 2**18, max_procs)
+    size = lublin_sizes(np.random.default_rng(0), 2**18, max_procs)
     (short_mass, short_mean), (long_mass, long_mean) = (
         _gamma_mean_exp(*g, LOG_RUN_LIMIT) for g in (SHORT_RUN, LONG_RUN)
     )
@@ -87,7 +88,7 @@ def _lublin_mean_work(max_procs: int) -> float:
 
 
 @cache
-def _daily_weights() -> np.ndarray:
+def daily_weights() -> np.ndarray:
     """float64[48]: the rate of arrivals in each half hour from midnight, over the mean rate."""
     fine = DAY_START - 0.5 + (np.arange(BUCKETS * 100) + 0.5) / 100
     weights = _gamma_density(fine, *DAY_CURVE).reshape(BUCKETS, 100).sum(axis=1)
@@ -98,5 +99,5 @@ def daily_clock(seconds: np.ndarray) -> np.ndarray:
     """When the daily cycle has let pass as many arrivals as the mean rate does in so many seconds."""
     day, within = np.divmod(seconds, DAY)
     bucket = DAY / BUCKETS
-    marks = np.concatenate(([0.0], np.cumsum(_daily_weights()))) * bucket
+    marks = np.concatenate(([0.0], np.cumsum(daily_weights()))) * bucket
     return day * DAY + np.interp(within, marks, np.arange(BUCKETS + 1) * bucket)

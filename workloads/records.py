@@ -1,4 +1,7 @@
-"""What the decision service has recorded (serve.py --record), as jobs."""
+"""What the decision service has recorded (serve.py --record), as jobs.
+
+A job is submitted, started and finished somewhere in a row of states: `_follow` goes through them.
+"""
 
 import os
 from collections import Counter
@@ -12,7 +15,9 @@ from msgspec import Meta
 
 from workloads.jobs import Cluster, Jobs, WorkloadError
 
-# What is read of a line: parts of serve.py's State and Answer.
+# What is read of a line: parts of the service's State and Answer (see deployment/contract.py). They are written down
+# once more, and looser, because imports only point downwards, and because a record outlives the service: what another
+# version has added or left out does not matter as long as these are there.
 Id = str | int
 Amounts = Annotated[list[Annotated[float, Meta(ge=0)]], Meta(min_length=1)]
 Duration = Annotated[float, Meta(gt=0)]
@@ -84,7 +89,7 @@ def read_decisions(path: str | os.PathLike[str]) -> tuple[Jobs, Cluster, dict[st
             has run from start to end.
     """
     path, skipped = Path(path), Counter[str]()
-    jobs: dict[Id, dict[str, Any]] = {}
+    jobs: dict[Id, dict[str, Any]] = {}  # the fields that states had of a job and, once known, its run_time and speed
     started: set[Id] = set()
     cluster: Cluster | None = None
     for where, record in _recorded(path, skipped):
@@ -135,7 +140,7 @@ def _recorded_cluster(state: RecordedState, before: Cluster | None) -> Cluster:
         ValueError: it is none, or jobs or the line before have other resources.
     """
     rows = [node["capacity"] for node in state["nodes"]]
-    rows += [job["demand"] for part in ("queued", "running") for job in state.get(part, ())]
+    rows += [job["demand"] for job in (*state.get("queued", ()), *state.get("running", ()))]
     counts = {len(row) for row in rows} | ({before.capacity.shape[1]} if before else set())
     if len(counts) != 1:
         raise ValueError(f"nodes and jobs of {sorted(counts)} resources, here and in the line before")
@@ -153,19 +158,20 @@ def _follow(
         KeyError: a job runs or starts on no node of the state, or one starts that is not queued in it.
     """
     now, speed = state["now"], {node["name"]: node.get("speed", 1.0) for node in state["nodes"]}
-    queued, running = ({job["id"]: job for job in state.get(part, ())} for part in ("queued", "running"))
-    for key, job in (queued | running).items():
+    queued = {job["id"]: job for job in state.get("queued", ())}
+    running = {job["id"]: job for job in state.get("running", ())}
+    for key, job in {**queued, **running}.items():
         known = {field: value for field, value in job.items() if value is not None}
         jobs.setdefault(key, {}).update(known)
-    for job in state.get("finished", ()):
-        if job.get("id") in jobs:
-            jobs[job["id"]]["run_time"] = job["run_time"]
+    for finished in state.get("finished", ()):
+        if (name := finished.get("id")) is not None and name in jobs:
+            jobs[name]["run_time"] = finished["run_time"]
     for key in started & queued.keys():  # nobody did what was decided (in shadow), so deciding it again tells nothing
         jobs[key]["ignored"] = True
     for key in started - running.keys() - queued.keys():
         jobs[key].setdefault("run_time", (now - jobs[key]["start_time"]) * jobs[key]["speed"])
-    for key, job in running.items():
-        jobs[key]["speed"] = speed[job["node"]]
+    for key, runs in running.items():
+        jobs[key]["speed"] = speed[runs["node"]]
     for start in decision["start"]:
         jobs[queued[start["job"]]["id"]] |= {"start_time": now, "speed": speed[start["node"]]}
     return running.keys() | {start["job"] for start in decision["start"] if "ignored" not in jobs[start["job"]]}
@@ -177,11 +183,11 @@ def _recorded_jobs(
     """Those that have run, in arrays, on the last cluster."""
     ran = {key: job for key, job in found.items() if job.get("run_time", 0) > 0}
     skipped["not run to the end"] += len(found) - len(ran)
-    fits = {key: job for key, job in ran.items() if (np.array(job["demand"]) <= cluster.capacity).all(axis=1).any()}
+    fits = {key: job for key, job in ran.items() if cluster and _fits(job["demand"], cluster)}
     skipped["larger than any node"] += len(ran) - len(fits)
-    skipped = {reason: count for reason, count in skipped.items() if count}
-    if not fits:
-        why = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "it is empty"
+    reasons = {reason: count for reason, count in skipped.items() if count}
+    if cluster is None or not fits:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "it is empty"
         raise WorkloadError(f"{path}: no job in it has run from start to end ({why}); record with serve.py, for longer")
     for job in fits.values():
         job["start_time"] = job.get("start_time", job.get("submit_time"))
@@ -198,7 +204,12 @@ def _recorded_jobs(
         submit, run, requested, np.array([fits[key]["demand"] for key in keys], float), users, unknown, executables,
         unknown, start - submit, np.arange(1, len(keys) + 1),
     )  # fmt: skip
-    return jobs, cluster, skipped
+    return jobs, cluster, reasons
+
+
+def _fits(demand: list[float], cluster: Cluster) -> bool:
+    """Whether some node of the cluster is large enough."""
+    return bool((np.array(demand) <= cluster.capacity).all(axis=1).any())
 
 
 def _codes(names: Sequence[Any]) -> np.ndarray:

@@ -21,11 +21,8 @@ SWF_FIELDS = (
     "partition", "preceding job", "think time",
 )
 # fmt: on
-# fmt: on
-SWF_TIMES = [1, 2, 3, 8]
-SWF_IDENTIFIERS = [0, 11, 12, 13, 14]
-# Nothing that a scheduler needs comes after the requested time.
-SWF_LEAST_FIELDS = 9
+SWF_TIMES, SWF_IDENTIFIERS = [1, 2, 3, 8], [0, 11, 12, 13, 14]  # columns
+SWF_LEAST_FIELDS = 9  # nothing that a scheduler needs comes after the requested time
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,16 @@ import math
 
 import numpy as np
 
-from workloads.jobs import Jobs
+from workloads.jobs import HOUR, MINUTE, Jobs
 
 NUM_USERS, EXECUTABLES_EACH, USERS_PER_GROUP = 64, 4, 8
 SESSION_JOBS, SESSION_OVERLAP = 8.0, 4.0
 # Correlation of a job's rank in size and run time with what is typical of its executable.
 SIZE_HABIT, RUN_HABIT = 0.98, 0.95
-MINUTE, HOUR = 60, 3_600
-TYPED_TIMES = np.array(
+TYPED_TIMES = np.array(  # seconds: the requests that people type
     [1, 2, 5, 10, 20, 30, *(MINUTE * m for m in (1, 2, 5, 10, 15, 20, 30, 45))]
     + [HOUR * h for h in (1, 2, 3, 4, 6, 8, 10, 12, 18, 24, 36, 48, 72, 96, 120, 168)],
-    dtype=float,
+    float,
 )
 
 
@@ -25,8 +24,8 @@ def jobs_of_users(
     rng: np.random.Generator, submit_time: np.ndarray, size: np.ndarray, demand: np.ndarray, run_time: np.ndarray
 ) -> Jobs:
     """Jobs at these times whose independent draws of (size, demand, run time) are handed to users of steady habits."""
-    executable = _sessions(rng, len(submit_time))
-    draw = _by_habit(rng, executable, size, run_time)
+    executable = sessions(rng, len(submit_time))
+    draw = by_habit(rng, executable, size, run_time)
     user = executable // EXECUTABLES_EACH
     return Jobs(
         submit_time=submit_time,
@@ -42,7 +41,7 @@ def jobs_of_users(
     )
 
 
-def _sessions(rng: np.random.Generator, num_jobs: int) -> np.ndarray:
+def sessions(rng: np.random.Generator, num_jobs: int) -> np.ndarray:
     """int64[N]: the executable of each job in order of submission; executable // EXECUTABLES_EACH is its user.
 
     Users are active by Zipf's law, have a favourite executable, and run it several times in a row, a few at a time.
@@ -55,7 +54,7 @@ def _sessions(rng: np.random.Generator, num_jobs: int) -> np.ndarray:
     return (user * EXECUTABLES_EACH + choice)[session[overlap]]
 
 
-def _by_habit(rng: np.random.Generator, executable: np.ndarray, size: np.ndarray, run_time: np.ndarray) -> np.ndarray:
+def by_habit(rng: np.random.Generator, executable: np.ndarray, size: np.ndarray, run_time: np.ndarray) -> np.ndarray:
     """int64[N]: which draw of (size, run time) each job gets, so that an executable's jobs resemble each other.
 
     A permutation: the draws keep their distribution whatever the habits are, and with it the offered load. Each job

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_policies import write_policy
+from policy_files import write_policy
 
 import benchmark
 import evaluation.compare

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import job_costs, make_workload, workloads
 from PIL import Image
-from test_policies import write_policy
+from policy_files import write_policy
 from torch.utils.tensorboard import SummaryWriter
 
 import benchmark
@@ -317,7 +317,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longest, and is not what these tests are about."""
-    monkeypatch.setattr(report_module, "write", lambda *_: None)
+    monkeypatch.setattr(report_module, "write_pages", lambda *_: None)
 
 
 def results_of(folder: Path) -> dict:

@@ -19,7 +19,8 @@ from simulator.arrays import recorded_estimates
 from simulator.kernels import PATIENCE, RESERVE_TERMS, TERM_COUNT
 from simulator.replay import simulate
 from simulator.rules import parse_rule, tuned_rule
-from training.tuning import STARTS, badness, costs, free_weights, tune
+from training.judgement import costs
+from training.tuning import STARTS, badness, free_weights, tune
 from workloads.jobs import Workload, at_loads, resampled
 from workloads.load import load_workload
 

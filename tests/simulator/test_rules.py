@@ -1,4 +1,4 @@
-"""Schedules are possible, exact, and what each rule says: checked by recounting, and against slow plain Python."""
+"""What each rule says: against the textbook in slow plain Python, and by hand; and the names of rules."""
 
 import math
 from collections.abc import Callable
@@ -8,132 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import make_workload, simulate_one, within, workloads
+from oracles import simulate_one, within, workloads
+from tables import event_times, table, two_nodes, waiting_at
 
 from scheduler_env import SchedulerEnv
-from simulator.kernels import EASY, GREEDY, JOB_FEATURES, STATIC
-from simulator.replay import simulate
-from simulator.rules import RULES, Rule, parse_rule
-from simulator.schedule import Schedule
-from workloads.jobs import Cluster, Jobs, Workload
-
-GREEDY_RULES = [rule for rule in RULES if parse_rule(rule).mode == GREEDY]
-EASY_RULES = [rule for rule in RULES if parse_rule(rule).mode == EASY]
-
-
-def table(capacity: float, *rows: tuple[float, float, float, float]) -> Workload:
-    """One node, and a job for each row of (submit, run, requested, demand)."""
-    submit, run, requested, demand = np.array(rows, float).T
-    nobody = np.full(len(rows), -1, np.int32)
-    jobs = Jobs(
-        submit_time=submit, run_time=run, requested_time=requested, demand=demand[:, None].copy(),
-        user=nobody, group=nobody, executable=nobody, queue=nobody,
-        wait_time=np.zeros(len(rows)), job_id=np.arange(1, len(rows) + 1),
-    )  # fmt: skip
-    return Workload(
-        "table", Cluster(np.array([[float(capacity)]]), np.ones(1), ("procs",)), jobs, np.array([[0, len(rows)]]), {}
-    )
-
-
-def check_possible(schedule: Schedule) -> None:
-    """Every job starts, at an event, not before its submit, and at no instant is a node over capacity."""
-    jobs, start = schedule.jobs, schedule.start_time
-    end = start + jobs.run_time / schedule.cluster.speed[schedule.node]
-    assert np.isfinite(start).all() and (start >= jobs.submit_time).all()
-    assert set(start) <= set(jobs.submit_time) | set(end)  # time only stops at arrivals and completions
-    for now in start:  # what is used only grows at starts
-        active = (start <= now) & (now < end)
-        for m, capacity in enumerate(schedule.cluster.capacity):
-            used = jobs.demand[active & (schedule.node == m)].sum(0)
-            assert within(used, capacity), f"node {m} at {now}: {used} of {capacity}"
-
-
-def free_at(schedule: Schedule, now: float, m: int) -> np.ndarray:
-    """What is free on node m after everything that happened at that time."""
-    end = schedule.start_time + schedule.service_time
-    active = (schedule.start_time <= now) & (now < end) & (schedule.node == m)
-    return schedule.cluster.capacity[m] - schedule.jobs.demand[active].sum(0)
-
-
-def waiting_at(schedule: Schedule, now: float) -> np.ndarray:
-    return np.flatnonzero((schedule.jobs.submit_time <= now) & (now < schedule.start_time))
-
-
-def event_times(schedule: Schedule) -> np.ndarray:
-    return np.unique(np.append(schedule.jobs.submit_time, schedule.start_time + schedule.service_time))
-
-
-# --- possible schedules -----------------------------------------------------------------------------------------------
-
-
-@given(workloads(), st.sampled_from(RULES))
-@settings(max_examples=300)
-def test_every_rule_makes_possible_schedules(workload, rule):
-    check_possible(simulate_one(workload, rule))
-
-
-@given(workloads(), st.sampled_from([rule for rule in RULES if rule != "tetris"]), st.sampled_from(["none", "easy"]))
-@settings(max_examples=150)
-def test_lock_in_makes_possible_schedules(workload, rule, backfill):
-    check_possible(simulate_one(workload, rule, lock_in=True, backfill=backfill))
-
-
-def test_lock_in_needs_an_order_of_jobs():
-    with pytest.raises(ValueError, match="tetris has no order"):
-        simulate_one(make_workload(0, 5), "tetris", lock_in=True)
-
-
-@given(workloads(), st.sampled_from(GREEDY_RULES))
-def test_greedy_rules_leave_no_job_waiting_that_fits(workload, rule):
-    schedule = simulate_one(workload, rule)
-    for now in event_times(schedule):
-        for i in waiting_at(schedule, now):
-            room = [free_at(schedule, now, m) for m in range(len(workload.cluster.speed))]
-            assert not any(within(schedule.jobs.demand[i], free) for free in room)
-
-
-@given(workloads(), st.sampled_from(EASY_RULES))
-def test_easy_rules_leave_no_job_waiting_on_an_idle_node(workload, rule):
-    schedule = simulate_one(workload, rule)
-    for now in event_times(schedule):
-        for i in waiting_at(schedule, now):
-            fitting = [
-                m
-                for m in range(len(workload.cluster.speed))
-                if within(schedule.jobs.demand[i], workload.cluster.capacity[m])
-            ]
-            idle = [within(workload.cluster.capacity[m], free_at(schedule, now, m)) for m in fitting]
-            assert not all(idle)
-
-
-@given(workloads(speeds=False))
-def test_fifo_starts_jobs_in_order(workload):
-    assert (np.diff(simulate_one(workload, "fifo").start_time) >= 0).all()
-
-
-@given(
-    st.lists(workloads(max_jobs=12, nodes=2, resources=1, speeds=False, grain=1.0), min_size=2, max_size=4),
-    st.sampled_from(RULES),
-)
-def test_segments_are_independent(parts, rule):
-    """Several segments in one call are scheduled as each alone (users apart, clusters alike)."""
-    cluster = Cluster(np.full((2, 1), 8.0), np.ones(2), ("procs",))
-    first, pieces, segments = 0, [], []
-    for k, part in enumerate(parts):
-        jobs = part.jobs
-        pieces.append(replace(jobs, user=np.where(jobs.user < 0, -1, jobs.user + 4 * k).astype(np.int32)))
-        segments.append([first, first + len(jobs)])
-        first += len(jobs)
-    together = simulate(Workload("all", cluster, Jobs.concatenate(pieces), np.array(segments), {}), rule)
-    for piece, schedule in zip(pieces, together, strict=True):
-        alone = simulate_one(Workload("one", cluster, piece, np.array([[0, len(piece)]]), {}), rule)
-        if rule != "random" and "f1" not in rule:  # drawn for the whole workload
-            assert schedule.start_time.tolist() == alone.start_time.tolist()
-            assert schedule.node.tolist() == alone.node.tolist()
-        assert schedule.jobs.job_id.tolist() == piece.job_id.tolist()
-
-
-# --- backfilling ------------------------------------------------------------------------------------------------------
+from simulator.kernels import JOB_FEATURES
+from simulator.rules import RULES, parse_rule
+from workloads.jobs import Cluster, Workload
 
 
 def slow_schedule(
@@ -162,12 +43,9 @@ def slow_schedule(
         if by_head and mode != "block":
             reserved = by_head.pop(0)
             shadow, spare = now, free()
-            releases = [
-                (max(start[i] + requested[i], now + 1 if start[i] + requested[i] <= now else 0), i)
-                for i in start
-                if start[i] + run[i] > now
-            ]
-            for time, released in sorted(releases):
+            due = {i: start[i] + requested[i] for i in start if start[i] + run[i] > now}
+            releases = [(end if end > now else now + 1, end, i) for i, end in due.items()]  # late ones by their dues
+            for time, _, released in sorted(releases):
                 if need[reserved] <= spare + 1e-9:
                     break
                 shadow, spare = time, spare + need[released]
@@ -328,16 +206,6 @@ def test_estimates_from_history_never_exceed_the_request():
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------------
-
-
-def two_nodes(
-    speeds: tuple[float, float], capacity: tuple[float, float], *rows: tuple[float, float, float, float]
-) -> Workload:
-    one = table(1, *rows)
-    cluster = Cluster(np.array(capacity, float)[:, None].copy(), np.array(speeds, float), ("procs",))
-    return Workload("two", cluster, one.jobs, one.segments, {})
-
-
 @pytest.mark.parametrize(
     ("rule", "nodes"),
     [
@@ -373,40 +241,7 @@ def test_tetris_takes_the_job_that_aligns_best_with_what_is_free():
     assert simulate_one(workload, "tetris").start_time.tolist() == [10, 0]
 
 
-# --- metrics, arguments -----------------------------------------------------------------------------------------------
-
-
-def test_metrics_of_a_schedule_by_hand():
-    schedule = simulate_one(table(2, (0, 4, 4, 2), (1, 20, 20, 1), (2, 5, 5, 2)), "fifo")
-    assert schedule.start_time.tolist() == [0, 4, 24]
-    expected = {
-        "wait": (0 + 3 + 22) / 3,
-        "latency": (4 + 23 + 27) / 3,
-        "bounded_slowdown": (1.0 + 23 / 20 + 27 / 10) / 3,
-        "wait_median": 3,
-        "wait_max": 22,
-        "makespan": 29,
-        "utilization": (8 + 20 + 10) / (2 * 29),
-        "throughput": 3 / 29,
-    }
-    assert {name: schedule.metrics()[name] for name in expected} == pytest.approx(expected, rel=1e-12)
-
-
-@given(workloads(), st.sampled_from(RULES))
-@settings(max_examples=30)
-def test_the_same_schedule_every_time(workload, rule):
-    one, two = simulate_one(workload, rule), simulate_one(workload, rule)
-    assert one.start_time.tolist() == two.start_time.tolist() and one.node.tolist() == two.node.tolist()
-
-
-@given(workloads(), st.integers(0, 1000))
-@settings(max_examples=30)
-def test_static_scores_given_by_the_caller_order_the_queue(workload, seed):
-    """scores= with a STATIC rule is SJF if the scores are the requests."""
-    mine = simulate_one(workload, Rule("mine", STATIC, STATIC, EASY), scores=workload.jobs.requested_time)
-    assert mine.start_time.tolist() == simulate_one(workload, "easy-sjf").start_time.tolist()
-
-
+# --- names ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name", ["", "fcfs", "easy-", "easy-tetris", "sjf+fifo", "greedy-sjf+fifo", "easy-fifo+", "EASY-fifo"]
 )
@@ -417,30 +252,3 @@ def test_unknown_rules_are_refused_with_a_list_of_known_ones(name):
 
 def test_every_rule_has_its_own_name():
     assert len(set(RULES)) == len(RULES) and all(parse_rule(rule).name == rule for rule in RULES)
-
-
-def test_a_job_larger_than_every_node_is_named():
-    with pytest.raises(ValueError, match=r"job 2 asks for \[5\.0\]"):
-        simulate(two_nodes((1, 1), (4, 4), (0, 1, 1, 4), (0, 1, 1, 5)), "fifo")
-
-
-@pytest.mark.parametrize("row", [(0, 10, 0, 1), (0, 10, 10, -1)])
-def test_a_request_of_no_time_and_a_negative_demand_are_refused(row):
-    with pytest.raises(ValueError, match="requests 0 seconds or less than nothing"):
-        simulate(table(2, row), "fifo")
-
-
-def test_a_workload_without_jobs_is_refused():
-    workload = make_workload(0, 1)
-    with pytest.raises(ValueError, match="no jobs"):
-        simulate(Workload("none", workload.cluster, workload.jobs[:0], np.array([[0, 0]]), {}), "fifo")
-
-
-def test_whole_numbers_are_as_good_as_floats():
-    """A user's own arrays may hold integers, and need not be contiguous."""
-    rows = ((0, 100, 100, 6), (1, 50, 50, 10), (2, 90, 90, 4))
-    floats = table(10, *rows)
-    demand = np.array([[6, 0], [10, 0], [4, 0]])[:, :1]
-    jobs = replace(floats.jobs, demand=demand, submit_time=np.array([0, 1, 2]))
-    whole = Workload("whole", Cluster(np.array([[10]]), np.array([1]), ("procs",)), jobs, floats.segments, {})
-    assert simulate_one(whole, "easy-fifo").start_time.tolist() == simulate_one(floats, "easy-fifo").start_time.tolist()

@@ -1,0 +1,160 @@
+"""The flags that all learners have, what is checked of them, and how a learner's command begins and ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+
+@dataclass
+class RunArgs:
+    exp_name: str = "run"
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = False
+    """if toggled, the networks run on the GPU"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases (WANDB_MODE=offline needs no account)"""
+    wandb_project_name: str = "resourcerl"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    resume: str | None = None
+    """a run's folder: go on with it, under the flags that it was started with"""
+
+    workload: str = "cloud"
+    """cloud, hpc, manufacturing, datacenter, tasks, or the path of a trace (.swf, .swf.gz, .jsonl)"""
+    objective: Literal["latency", "wait", "slowdown"] = "latency"
+    """what to minimise"""
+    learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None
+    """what rewards and the choice of the reference are about, if not the objective itself: the wait says more surely
+    which choice was good than the slowdown, which a few short jobs make up; tail: squares of the waits. A tuned
+    reference is fitted to the objective"""
+    reference: str = "auto"
+    """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
+    on training and validation; tuned: one that is fitted to the training jobs first"""
+    tune_generations: int = 50
+    """how long to fit a tuned one"""
+    patience: float = 4.0
+    """a job that waits for longer than so many times the longest wait under EASY-FIFO on the training split goes first;
+    0: no such thing. A rule with a patience of its own keeps it, a tuned one has twice that wait"""
+    reward: Literal["improvement", "cost"] = "improvement"
+    """improvement over the reference, or cost"""
+    num_jobs: int = 512
+    """jobs that arrive while the agent decides"""
+    warmup_jobs: int = 256
+    """jobs that the reference schedules before"""
+    followup_jobs: int = 512
+    """jobs that the reference schedules after; their cost counts"""
+    episodes_in_a_row: int = 1
+    """so many follow each other on one cluster, each beginning with the backlog that the agent left; more than a
+    reference leaves after a warm-up. A row ends where a job is older than the last `warmup_jobs`"""
+    training_loads: tuple[float, ...] = (1.0,)
+    """training jobs arrive so many times as fast, each of the factors as often: several prepare for busier times than
+    the trace has had"""
+    queue_window: int = 64
+    """how many queued jobs the agent sees, the oldest and those that the reference ranks first"""
+    backfill: Literal["easy", "none"] = "easy"
+    """what may happen while a reservation stands: backfilling or nothing"""
+    lock_in: bool = False
+    """RLScheduler's semantics: a chosen job holds the queue until it has started"""
+    num_evaluations: int = 10
+    """how often the policy is replayed on the validation split, besides what it starts from; the best one is kept"""
+    validation_loads: tuple[float, ...] = (0.9, 1.0, 1.1)
+    """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
+    validation_jobs: int = 65_000
+    """at most so many jobs are replayed, all loads together"""
+    max_tail: float = 1.2
+    """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's), the
+    longest three times as many"""
+
+    # Every learner has these, each with a default and a meaning of its own, among its algorithm's: see its script
+    total_timesteps: int = 0
+    learning_rate: float = 0.0
+    num_envs: int = 0
+    num_steps: int = 0
+    anneal_lr: bool = True
+
+    @property
+    def decisions(self) -> int:
+        """Of one iteration, in all clusters together."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def iterations(self) -> int:
+        """How many a run has."""
+        return max(1, self.total_timesteps // self.decisions)
+
+
+def check(args: RunArgs, **least: int) -> None:
+    """Refuse what would fail later, and say less.
+
+    Args:
+        least: what other flags are at least.
+
+    Raises:
+        ValueError: a flag is out of its range.
+    """
+    for name, value in {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, **least}.items():
+        if not getattr(args, name) >= value:  # nor is NaN
+            raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
+    if args.queue_window > 10_000:
+        raise ValueError(f"queue_window is {args.queue_window}; use 10000 or less")
+    if not args.validation_loads or not args.training_loads:
+        raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
+
+
+A = TypeVar("A", bound=RunArgs)
+
+
+def command_line(kind: type[A]) -> A:
+    """The flags; behind --resume those of the run, and no others.
+
+    Raises:
+        ValueError: a flag contradicts the run that is to go on, or there is none.
+    """
+    args = tyro.cli(kind)
+    if args.resume is None:
+        return args
+    path = Path(args.resume) / "args.json"
+    try:
+        stored: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()
+        }
+        run = kind(**(stored | {"resume": args.resume}))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; name the folder of a run, as in runs/<run_name>") from error
+    if others := asdict(tyro.cli(kind, default=run)).items() - asdict(run).items():
+        names = ", ".join(sorted(name for name, _ in others))
+        raise ValueError(f"--resume goes on with the flags of the run; leave out {names}, or start a new run")
+    return run
+
+
+def run_command(main: Callable[[A], None], kind: type[A], memory: str) -> None:
+    """Call `main` with the flags of the command line. What the user can mend ends it with one line and exit code 2.
+
+    Args:
+        memory: the flags that take less memory where they are lower.
+    """
+    try:
+        main(command_line(kind))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # how PyTorch says it on the CPU
+            raise
+        why = str(error).partition("\n")[0]
+        print(f"error: out of memory ({why}); use fewer {memory}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # in training Ctrl-C saves the run and ends it
+        sys.exit(130)

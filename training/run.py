@@ -1,0 +1,272 @@
+"""A run of a learner: all of it that is no algorithm.
+
+with Run(args, "ppo") as run:
+    agent = Agent(run.layout.resources)
+    run.begin(agent, {}, model=agent)
+    for iteration in run.iterations():
+        ...
+        run.log(losses, learning_rate, episodes)
+    run.end()
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from policies import VERSION, OnnxPolicy
+from scheduler_env import SchedulerVectorEnv
+from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
+from simulator.rules import parse_rule
+from simulator.schedule import Schedule
+from training.arguments import RunArgs
+from training.checkpoint import Stateful, random_state, save, set_random_state
+from training.export import FollowRule, check_export, export_onnx
+from training.folder import new_folder
+from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
+from training.validation import Validation
+from workloads.files import replacing, write_json
+from workloads.jobs import at_loads
+from workloads.load import load_workload
+
+CHECKPOINT_SECONDS = 30.0  # and no more often: all the environments are in it
+
+
+class Run:
+    """Its folder and environments, validation beside the training, checkpoints, logs, and what is printed.
+
+    Attributes:
+        args: the flags; behind them the reference that was chosen.
+        envs, layout, device: the clusters that the agent learns from, how their observations are laid out, and where
+            the networks are.
+        iteration: how many are over.
+    """
+
+    def __init__(self, args: RunArgs, algorithm: str) -> None:
+        """Read the workload, judge the rules, and make the environments. Random numbers begin with the seed here.
+
+        Raises:
+            ValueError: the workload or a flag cannot be used.
+        """
+        self.args, self.algorithm = args, algorithm
+        self.resumed, self.folder, args.resume = args.resume is not None, Path(args.resume or "runs"), None
+        self.console = Console(stderr=True)
+        self.say = partial(self.console.print, markup=False, soft_wrap=True)  # commands to copy
+        self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+        torch.manual_seed(args.seed)
+        torch.set_num_threads(1)  # the other cores are for the simulator, and for the halves of an update
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        workload = load_workload(args.workload, "train")
+        workload.report()
+        self.validation = Validation(args, workload, self.console)
+        args.reference = self.validation.reference
+        self.envs = SchedulerVectorEnv(
+            args.num_envs, at_loads(workload, args.training_loads), num_jobs=args.num_jobs,
+            warmup_jobs=args.warmup_jobs, followup_jobs=args.followup_jobs, episodes_in_a_row=args.episodes_in_a_row,
+            queue_window=args.queue_window, backfill=args.backfill, lock_in=args.lock_in, reference=args.reference,
+            recorded_history=True, objective=args.learn_from or args.objective, reward=args.reward,
+        )  # fmt: skip
+        self.layout = self.envs.layout
+        self.iteration, self.speed, self.stopped = 0, 0, False
+        self.worker = ThreadPoolExecutor(1)
+        self.proposed: tuple[int, Future[list[Schedule]]] | None = None  # the iteration, and its replay
+        self.judged = -1  # the iteration that was judged last
+        self.open = ExitStack()  # what has to be put back or closed, whatever ends the run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.open.close()
+
+    def begin(self, exported: nn.Module, health: dict[str, list[str]], *, model: nn.Module, **parts: Stateful) -> None:
+        """Make the folder, or go on from its checkpoint; begin the logs.
+
+        Args:
+            exported: the network that is validated and exported, as it is at the time.
+            health: titles of charts, and the losses in each, that tell whether updates are healthy.
+            model: the network that is trained.
+            parts: what else a checkpoint holds, besides the state of the run itself.
+
+        Raises:
+            ValueError: the checkpoint is damaged or from another version, nobody is logged in at W&B, or what is
+                trained and what is exported are not the same network.
+        """
+        args, self.exported = self.args, exported
+        self.parts: dict[str, Stateful] = {"model": model, **parts}
+        if not self.resumed:
+            self.envs.reset(seed=args.seed)
+            check_export(model, self.layout.split(torch.from_numpy(self.envs.observations).to(self.device)))
+            self.folder = new_folder(args.workload, args.exp_name, args.seed)
+        if args.track:
+            start_wandb(self.folder, asdict(args), sync_tensorboard=True, id=self.folder.name, resume="allow")
+        if self.resumed:
+            self.restore()
+        else:
+            # Until a policy is better than every rule on validation, the file stands for the best of them.
+            self.export(FollowRule(), "policy.onnx", self.validation.stands_for)
+            write_json(self.folder / "args.json", asdict(args))
+        reference, best_rule = parse_rule(args.reference).title, self.validation.best_rule
+        self.say(f"run: {self.folder}   reference rule: {reference}   best rule on validation: {best_rule}")
+        purge_step = self.iteration * args.decisions + 1 if self.resumed else None
+        self.writer = SummaryWriter(self.folder, purge_step=purge_step)
+        self.open.callback(self.writer.close)
+        log_start(self.writer, asdict(args), self.validation, health)
+
+    def iterations(self) -> Iterator[int]:
+        """The numbers of the iterations that are left, until the last is over or somebody stops the run. Between them
+        it proposes and judges policies, writes checkpoints, and shows how far it is."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        validation, total, saved = self.validation, self.args.iterations, 0.0
+        with ExitStack() as training:
+            self.open.push(training)  # also where an iteration fails
+            training.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self.interrupt))
+            progress = training.enter_context(Progress(*columns, console=self.console))
+            bar = progress.add_task("training", total=total, completed=self.iteration)
+            if self.due() and self.judged < self.iteration:  # a checkpoint is written before what is due is proposed
+                self.propose()
+            self.began, self.first = time.time(), self.iteration
+            while self.iteration < total and not self.stopped:
+                yield self.iteration
+                self.iteration += 1
+                if self.proposed and (self.due() or self.proposed[1].done()):
+                    log_validation(self.writer, validation, *self.judge_proposed())
+                    if time.time() - saved > CHECKPOINT_SECONDS:
+                        self.checkpoint()
+                        saved = time.time()
+                if self.due():
+                    self.propose()
+                best = validation.best_cost / validation.rules[validation.best_rule].cost - 1
+                said = f"{self.speed:,} decisions/s, best so far {best:+.1%} to {validation.best_rule}"
+                progress.update(bar, advance=1, description=said)
+            if self.proposed:
+                log_validation(self.writer, validation, *self.judge_proposed())
+            self.checkpoint()
+
+    def due(self) -> bool:
+        """A validation: before the first iteration, after the last, and evenly in between."""
+        evaluations = max(1, self.args.num_evaluations)
+        return self.iteration * evaluations % self.args.iterations < evaluations
+
+    def interrupt(self, *_: object) -> None:
+        if self.stopped:
+            os._exit(130)  # sys.exit would wait for the validation
+        self.stopped = True
+        self.console.print("Stopping, once a validation under way has ended. Ctrl-C again: without saving what is new.")
+
+    def log(self, losses: dict[str, float], learning_rate: float, episodes: list[dict[str, Any]]) -> None:
+        """Of the iteration under way: its losses, and the `final_info` of the episodes that ended in it."""
+        done = self.iteration + 1 - self.first
+        self.speed = int(done * self.args.decisions / (time.time() - self.began))
+        scalars = {f"losses/{name}": value for name, value in losses.items()}
+        scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": self.speed}
+        if episodes:
+            scalars |= {f"charts/{tag}": float(np.mean([e[name] for e in episodes])) for tag, name in CHARTS.items()}
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, (self.iteration + 1) * self.args.decisions)
+
+    def end(self) -> None:
+        """Close the logs, and print how the policy did and what to do with it."""
+        args, validation, title = self.args, self.validation, self.algorithm.upper()
+        finished = self.iteration == args.iterations
+        if finished:
+            log_success(self.writer)
+        self.writer.close()
+        if args.track:
+            policy = self.folder / "policy.onnx"
+            end_wandb(validation, title, policy, asdict(OnnxPolicy(policy).metadata))
+        Console().print(validation.table(title))
+        if validation.stands_for:
+            rule = parse_rule(validation.stands_for).title
+            self.say(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")
+        if not finished:
+            script = f"{self.algorithm}_scheduler.py"
+            self.say(f"Interrupted. Go on with: python {script} --resume {shlex.quote(str(self.folder))}")
+        else:
+            policies = *dict.fromkeys(("fifo", "easy-fifo", validation.best_rule)), str(self.folder / "policy.onnx")
+            self.say(
+                f"Compare on the test split: python benchmark.py compare --workload {shlex.quote(args.workload)} "
+                f"--objective {args.objective} --policies {shlex.join(policies)}"
+            )
+
+    def propose(self) -> None:
+        """Export the network, and begin to replay it on the validation split while training goes on."""
+        self.export(self.exported, "candidate.onnx", None)
+        policy = OnnxPolicy(self.folder / "candidate.onnx")
+        replay = self.worker.submit(policy.schedule, self.validation.workload, self.validation.segments)
+        self.proposed = self.iteration, replay
+
+    def judge_proposed(self) -> tuple[dict[str, float], Schedule, int]:
+        """Wait until the replay is over; the best policy so far is policy.onnx.
+
+        Returns what is logged, the first replay, and the number of decisions before it.
+        """
+        assert self.proposed is not None
+        (self.judged, replay), self.proposed = self.proposed, None
+        schedules, candidate = replay.result(), self.folder / "candidate.onnx"
+        better, metrics = self.validation.consider(schedules)
+        if better:
+            os.replace(candidate, self.folder / "policy.onnx")
+        candidate.unlink(missing_ok=True)
+        return metrics, schedules[0], self.judged * self.args.decisions
+
+    def export(self, network: nn.Module, file: str, rule: str | None) -> None:
+        """Write a network into the folder; `rule`: it stands for that rule."""
+        args = self.args
+        metadata = {
+            "version": VERSION, "algorithm": self.algorithm, "workload": args.workload, "objective": args.objective,
+            "reference": rule or args.reference, "backfill": args.backfill, "lock_in": args.lock_in,
+            "queue_window": args.queue_window, "nodes": self.layout.nodes, "resources": self.layout.resources,
+            "job_features": JOB_FEATURES, "node_features": NODE_FEATURES, "cluster_features": CLUSTER_FEATURES,
+            "steps": self.iteration * args.decisions, "seed": args.seed, "rule": rule,
+        }  # fmt: skip
+        export_onnx(network, self.folder / file, self.layout, metadata)
+
+    def checkpoint(self) -> None:
+        """Raises OSError: there is no room for it; the last one is still there."""
+        state = {
+            "iteration": self.iteration,
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "judged": self.judged,
+            "best_cost": self.validation.best_cost,
+            "stands_for": self.validation.stands_for,
+            "policy": (self.folder / "policy.onnx").read_bytes(),
+            "environments": self.envs.state_dict(),
+            **random_state(),
+        }
+        save(self.folder / "checkpoint.pt", state)
+
+    def restore(self) -> None:
+        """Raises ValueError: the checkpoint is damaged or from another version."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=False)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.iteration, self.judged = state["iteration"], state["judged"]
+            self.validation.best_cost, self.validation.stands_for = state["best_cost"], state["stands_for"]
+            with replacing(self.folder / "policy.onnx") as temporary:  # it may be newer, where the run was killed
+                temporary.write_bytes(state["policy"])
+            self.envs.load_state_dict(state["environments"])
+            set_random_state(state, self.device)
+        except Exception as error:  # torch.load raises whatever the damage leads to
+            raise ValueError(
+                f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"
+            ) from error
