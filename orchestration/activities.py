@@ -142,9 +142,7 @@ def train_policy(asked: TrainRequest) -> Candidate:
     elif run.exists():  # ended before its first checkpoint
         shutil.rmtree(run)
     run_child(config.algorithm, arguments, mine / "training.log")
-    policy, args = (
-        store.put(f"{place}/{name}", (run / name).read_bytes()) for name in ("policy.onnx", "args.json")
-    )
+    policy, args = (store.put(f"{place}/{name}", (run / name).read_bytes()) for name in ("policy.onnx", "args.json"))
     (run / "checkpoint.pt").unlink(missing_ok=True)  # as large as all the environments
     return Candidate(number, seed, policy, args)
 

@@ -225,7 +225,8 @@ class Evaluation:
     why: str
     best_rule: str
     gains: dict[str, Figure]  # champion (where there is one), easy-fifo, best rule -> the candidate's difference to it
-    p99: float  # of the wait, EASY-FIFO = 1
+    standing: dict[str, Figure]  # the champion's difference to EASY-FIFO and the best rule
+    p99: float  # of the candidate's wait, EASY-FIFO = 1
     results: Reference
     drift: Drift | None = None
 

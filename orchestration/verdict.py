@@ -41,18 +41,19 @@ def judge(results: dict[str, Any], objective: str, max_tail: float) -> dict[str,
     allowed = [name for name in candidates if tails[name][0] <= max_tail and tails[name][1] <= 3 * max_tail]
     best = min(allowed or candidates, key=cost.__getitem__)
     best_rule = min((name for name in cost if name in RULES), key=cost.__getitem__)
-    rivals = {"champion": CHAMPION, YARDSTICK: YARDSTICK, "best rule": best_rule}
     per_block = {name: np.array(found[metric]["per_block"]) for name, found in results["policies"].items()}
     weights = bootstrap_weights(len(per_block[best]), 0)
-    gains = {
-        title: figure(difference(per_block[best], per_block[name], weights))
-        for title, name in rivals.items()
-        if name in per_block
-    }
-    rival = "champion" if CHAMPION in per_block else YARDSTICK
+
+    def against(name: str, rivals: dict[str, str]) -> dict[str, Figure]:
+        known = {title: rival for title, rival in rivals.items() if name in per_block and rival in per_block}
+        return {t: figure(difference(per_block[name], per_block[rival], weights)) for t, rival in known.items()}
+
+    rules = {YARDSTICK: YARDSTICK, "best rule": best_rule}
+    gains, standing = against(best, {"champion": CHAMPION} | rules), against(CHAMPION, rules)
+    rival = "champion" if "champion" in gains else YARDSTICK
     gain = gains[rival]
     p99, longest = tails[best]
-    said = f"{gain.mean:+.1f} % to the {rival} ({gain.low:+.1f} … {gain.high:+.1f})".replace("the easy", "easy")
+    said = f"{gain.mean:+.1f} % to {rival} ({gain.low:+.1f} … {gain.high:+.1f})"
     if best not in allowed:
         why = f"long waits: p99 {p99:.2f} and longest {longest:.2f} times EASY-FIFO's; {said}"
     elif gain.high >= 0:
@@ -61,7 +62,10 @@ def judge(results: dict[str, Any], objective: str, max_tail: float) -> dict[str,
         why = said
     number = int(best.partition("/")[0].removeprefix(CANDIDATE))
     better = best in allowed and gain.high < 0
-    return {"candidate": number, "better": better, "why": why, "best_rule": best_rule, "gains": gains, "p99": p99}
+    return {
+        "candidate": number, "better": better, "why": why, "best_rule": best_rule, "gains": gains,
+        "standing": standing, "p99": p99,
+    }  # fmt: skip
 
 
 def tail_ratio(tails: dict[str, dict[str, float]], name: str) -> tuple[float, float]:

@@ -1,9 +1,10 @@
 """Servers that all tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from orchestration_helpers import S3, environment
+from orchestration_helpers import S3, Site, Temporal, environment
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,19 @@ def s3_environment(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in environment(s3).items():
         monkeypatch.setenv(name, value)
     return s3
+
+
+@pytest.fixture(scope="session")
+def temporal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Temporal]:
+    server = Temporal(tmp_path_factory.mktemp("temporal"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def site(temporal: Temporal, tmp_path: Path) -> Iterator[Site]:
+    """Without a worker yet."""
+    site = Site(tmp_path, temporal)
+    yield site
+    site.close()
