@@ -2,19 +2,25 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 TRAIN ?= --total-timesteps 400000
 
-.PHONY: setup setup-dev train test lint format docs speed slurm-demo slurm-packages
+WORKERS ?= 2
+# Files are compiled to bytecode when they are imported first: of most packages few ever are.
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+
+.PHONY: setup setup-dev train test test-all lint format docs speed slurm-demo slurm-packages
 
 setup: .venv/setup
 setup-dev: .venv/setup-dev
 
-.venv/setup: requirements.txt
+.venv/bin/pip:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+
+.venv/setup: requirements.txt | .venv/bin/pip
+	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/setup-dev: requirements-dev.txt .venv/setup
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+.venv/setup-dev: requirements-dev.txt requirements.txt | .venv/bin/pip
+	$(PIP) -r requirements-dev.txt
+	touch $@ .venv/setup
 
 # Train on the built-in workload, then compare with the rules on held-out jobs. Others: TRAIN="--workload X ..." COMPARE="--workload X".
 train: setup
@@ -22,12 +28,19 @@ train: setup
 	$(BIN)/python benchmark.py compare $(COMPARE) --policies fifo easy-fifo sjf saf easy-sjf easy-saf \
 		$$(ls -td runs/*__ppo_scheduler__*/ | head -1)policy.onnx
 
+# A worker process for each of two cores; on more of them: make test WORKERS=8.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 test: setup-dev lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: test
+	$(PYTEST) -m slow
 
 lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: setup-dev
 	$(BIN)/ruff format .

@@ -7,7 +7,7 @@
     python benchmark.py speed --output speed.json
     python benchmark.py sweep sweeps/ppo.yaml --trials 20
 
-The work is done in evaluation/, one file a command.
+The work is done in evaluation/, in the file that is called like the command.
 """
 
 import sys

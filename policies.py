@@ -125,7 +125,7 @@ class Policy(ABC):
         return logits.argmax(axis=1)
 
 
-def rule_logits(parts: Observation) -> np.ndarray:
+def _rule_logits(parts: Observation) -> np.ndarray:
     """float32[B, K*M + 1]: highest for what the reference rule would do, as the observations tell it; then for the
     first action, which counts where the rule's is hidden (a job beyond the window). Too far apart to be drawn."""
     starts = (parts.jobs[:, :, None, JOB_CHOICE] * parts.nodes[:, None, :, NODE_CHOICE]).reshape(len(parts.jobs), -1)
@@ -149,7 +149,7 @@ def _without(jobs: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 class RulePolicy(Policy):
-    """A classical rule (see `scheduler_env.RULES`). `predict` reads its choice from the observation."""
+    """A classical rule (see simulator/rules.py). `predict` reads its choice from the observation."""
 
     def __init__(self, name: str) -> None:
         self.rule = parse_rule(name)
@@ -167,7 +167,7 @@ class RulePolicy(Policy):
         return _decision(moment, moment.follow_rule(), moment.rule_order())
 
     def _logits(self, parts: Observation) -> np.ndarray:
-        return rule_logits(parts)
+        return _rule_logits(parts)
 
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=10_000)]  # more than that is a damaged number: arrays are as large
@@ -227,14 +227,13 @@ class OnnxPolicy(Policy):
         segments = workload.segments if segments is None else np.asarray(segments)
         if meta.rule:
             return simulate(workload, meta.rule, segments, backfill=meta.backfill, lock_in=meta.lock_in)
-        schedules: list[Schedule | None] = [None] * len(segments)
+        schedules: dict[int, Schedule] = {}
         lengths = segments[:, 1] - segments[:, 0]
         for length in np.unique(lengths):  # the episodes of one vector environment are equally long
             chosen = np.flatnonzero(lengths == length)
             part = replace(workload, segments=segments[chosen])
-            for index, schedule in zip(chosen, self._replay(part, int(length), window), strict=True):
-                schedules[index] = schedule
-        return schedules
+            schedules |= zip(chosen.tolist(), self._replay(part, int(length), window), strict=True)
+        return [schedules[index] for index in range(len(segments))]
 
     def decide(self, state: ClusterState, window: int | None = None) -> Decision:
         meta = self.metadata
@@ -287,15 +286,15 @@ class OnnxPolicy(Policy):
         count = len(workload.segments)
         envs = self.environments(workload, count, length, window)
         observations, infos = envs.reset(seed=0, options={"first": workload.segments[:, 0]})
-        schedules: list[Schedule | None] = [None] * count
-        while None in schedules:
+        schedules: dict[int, Schedule] = {}
+        while len(schedules) < count:
             actions = self.choices(envs.split(observations)).argmax(axis=1)
             observations, _, _, _, infos = envs.step(actions)
             # Environments that end start again at once: only the first end of each counts.
-            for e in np.flatnonzero(infos.get("_final_schedule", ())):
-                schedules[e] = schedules[e] or infos["final_schedule"][e]
+            for e in np.flatnonzero(infos.get("_final_schedule", ())).tolist():
+                schedules.setdefault(e, infos["final_schedule"][e])
         envs.close()
-        return schedules
+        return [schedules[e] for e in range(count)]
 
     def choices(self, parts: Observation) -> np.ndarray:
         """float32[B, K*M + 1]: the logits as they are, the best of which decide in `schedule` and `decide`: there it is
@@ -323,7 +322,7 @@ class OnnxPolicy(Policy):
 
     def _logits(self, parts: Observation) -> np.ndarray:
         if self.metadata.rule:
-            return rule_logits(parts)
+            return _rule_logits(parts)
         return self.session.run(["logits"], parts._asdict(), self.run_options)[0]
 
 
@@ -363,8 +362,11 @@ def _with_patience(meta: Metadata, hours: str) -> Metadata:
     """With another patience of the reference and of the rule that the file stands for, if hours are given."""
     if not hours:
         return meta
-    reference, rule = (name and f"{name.partition('@')[0]}@{hours}" for name in (meta.reference, meta.rule))
-    return replace(meta, reference=reference, rule=rule)
+
+    def patient(rule: str) -> str:
+        return f"{rule.partition('@')[0]}@{hours}"
+
+    return replace(meta, reference=patient(meta.reference), rule=meta.rule and patient(meta.rule))
 
 
 def _read(path: Path) -> bytes:

@@ -6,9 +6,8 @@
 `SchedulerVectorEnv` steps many clusters together; `SchedulerEnv` is one of them. What they simulate is in simulator/.
 """
 
-from __future__ import annotations
-
 import os
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -89,29 +88,18 @@ class SchedulerVectorEnv(VectorEnv):
         recorded_history: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        for name, value, least in (
-            ("num_envs", num_envs, 1), ("queue_window", queue_window, 1), ("num_jobs", num_jobs, 1),
-            ("warmup_jobs", warmup_jobs, 0), ("followup_jobs", followup_jobs, 0),
-            ("num_threads", 1 if num_threads is None else num_threads, 1), ("episodes_in_a_row", episodes_in_a_row, 1),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        for name, value, known in (
-            ("backfill", backfill, ("easy", "none")), ("objective", objective, OBJECTIVES),
-            ("reward", reward, ("improvement", "cost")),
-            ("render_mode", render_mode or "ansi", ("ansi", "rgb_array")),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        _check_numbers(
+            num_envs=(num_envs, 1), queue_window=(queue_window, 1), num_jobs=(num_jobs, 1),
+            warmup_jobs=(warmup_jobs, 0), followup_jobs=(followup_jobs, 0),
+            num_threads=(1 if num_threads is None else num_threads, 1), episodes_in_a_row=(episodes_in_a_row, 1),
+        )  # fmt: skip
+        _check_choices(
+            backfill=(backfill, ("easy", "none")), objective=(objective, OBJECTIVES),
+            reward=(reward, ("improvement", "cost")), render_mode=(render_mode or "ansi", ("ansi", "rgb_array")),
+        )  # fmt: skip
         self.workload = load_workload(workload, split) if isinstance(workload, str) else workload
         self.length = warmup_jobs + num_jobs + followup_jobs
-        spare = self.workload.segments[:, 1] - self.workload.segments[:, 0] - self.length + 1
-        if spare.max() < 1:
-            raise ValueError(
-                f"{self.workload.name}: an episode needs {self.length} jobs in a row (warm-up, own and follow-up), "
-                f"and this split has {spare.max() - 1 + self.length}; lower num_jobs, warmup_jobs or followup_jobs"
-            )
-        self._places = np.maximum(spare, 0).cumsum()
+        self._places = _places(self.workload, self.length)
         self.num_envs, self.render_mode, self.num_jobs, self.warmup_jobs = num_envs, render_mode, num_jobs, warmup_jobs
         self.episodes_in_a_row = episodes_in_a_row
         nodes, resources = self.workload.cluster.capacity.shape
@@ -129,7 +117,7 @@ class SchedulerVectorEnv(VectorEnv):
         self._mask = np.zeros((num_envs, self.layout.actions), bool)
         self._rewards = np.zeros(num_envs)
         self._terminated, self._truncated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
-        self._generators: list[np.random.Generator] | None = None
+        self._generators: list[np.random.Generator] = []
         self.single_observation_space = gym.spaces.Box(0, 16, (self.layout.size,), np.float32)
         self.single_action_space = gym.spaces.Discrete(self.layout.actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -139,12 +127,8 @@ class SchedulerVectorEnv(VectorEnv):
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start new episodes; options={"first": ints[num_envs]} says at which jobs of the workload."""
-        if seed is not None or self._generators is None:
-            seeds = (
-                [None if seed is None else seed + i for i in range(self.num_envs)]
-                if not isinstance(seed, list)
-                else seed
-            )
+        if seed is not None or not self._generators:
+            seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(self.num_envs)]
             self._generators = [np.random.default_rng(s) for s in seeds]
         first = (options or {}).get("first")
         if first is not None:
@@ -166,7 +150,7 @@ class SchedulerVectorEnv(VectorEnv):
         infos: dict[str, Any] = {}
         done = np.flatnonzero(self._terminated | self._truncated)
         if len(done):
-            for e in done:
+            for e in done.tolist():
                 final = {"final_obs": self._obs[e].copy(), "final_info": self._final_info(e)}
                 final["final_schedule"] = self.schedule(e)
                 infos = self._add_info(infos, final, e)
@@ -280,11 +264,9 @@ class SchedulerVectorEnv(VectorEnv):
                 f"{name} {'#' * round(20 * share):.<20} {share:4.0%}"
                 for name, share in zip(cluster.resources, 1 - free / np.maximum(capacity, 1e-9), strict=True)
             ]
-            reserved = (
-                f"   reserved for job {s['reserved']} at {s['shadow']:,.0f} s"
-                if s["reserved_node"] == m and s["reserved"] >= 0
-                else ""
-            )
+            reserved = ""
+            if s["reserved_node"] == m and s["reserved"] >= 0:
+                reserved = f"   reserved for job {s['reserved']} at {s['shadow']:,.0f} s"
             lines.append(f"node {m:3d} (x{cluster.speed[m]:.2f})  " + "   ".join(used) + reserved)
         for i in batch.queue[e, : min(10, s["queued"])]:
             j = s["first"] + i
@@ -297,6 +279,31 @@ class SchedulerVectorEnv(VectorEnv):
         s = self._core.batch.s[e]
         queue = self._core.jobs[s["first"] + self._core.batch.queue[e, : s["queued"]].astype(int)]
         return gantt(self._started(e), s["now"], queue)
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    """Of each argument: its value, and the least that makes sense."""
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def _check_choices(**choices: tuple[str, Iterable[str]]) -> None:
+    """Of each argument: its value, and those that are known."""
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+
+
+def _places(workload: Workload, length: int) -> np.ndarray:
+    """int64[S]: at how many jobs of the segments an episode may begin, up to and with each."""
+    spare = workload.segments[:, 1] - workload.segments[:, 0] - length + 1
+    if spare.max() < 1:
+        raise ValueError(
+            f"{workload.name}: an episode needs {length} jobs in a row (warm-up, own and follow-up), "
+            f"and this split has {spare.max() - 1 + length}; lower num_jobs, warmup_jobs or followup_jobs"
+        )
+    return np.maximum(spare, 0).cumsum()
 
 
 class SchedulerEnv(gym.Env):

@@ -3,8 +3,8 @@
     python serve.py --policy runs/RUN/policy.onnx
     curl localhost:8000/v1/decisions --json @state.json
 
-The contract, with examples, is in docs/deploy.md. The file reads downwards: what is sent and answered, how a state is
-checked, the service, its HTTP interface, and the program that runs it.
+The contract, with examples, is in docs/deploy.md. The work is done in deployment/: contract.py (what is sent and
+answered, and how a state is checked), service.py (the policy, its deadline and fallback), http_api.py, processes.py.
 """
 
 import signal
@@ -12,7 +12,7 @@ import sys
 
 import tyro
 
-from deployment.processes import check, fail, listen, log_to_stderr, read_token, supervise, work
+from deployment.processes import check, listen, log_to_stderr, read_token, supervise, work
 from deployment.service import Args, Service, log
 
 
@@ -25,7 +25,8 @@ def main(args: Args) -> None:
         service = Service(args)
         listener = listen(args)
     except (ValueError, OSError) as error:
-        fail(error)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     where = args.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])

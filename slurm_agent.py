@@ -9,10 +9,9 @@ Slurm does not know: killed at any moment it goes on from what Slurm says, and a
 last order, with new jobs behind it in the order of their submission.
 
 The cluster is one pool of processors, as in an SWF trace. Spoken is version 0.0.38 of Slurm's REST API (Slurm 22.05).
-Times are seconds since 1970. The longest path through the file: main, Agent.run, Agent.one_pass.
+The work is done in deployment/: priorities.py (the agent: see Agent.one_pass), slurm.py (Slurm's REST API) and
+accounting.py (the export).
 """
-
-from __future__ import annotations
 
 import logging
 import signal

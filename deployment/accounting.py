@@ -1,7 +1,5 @@
 """Finished jobs from Slurm's accounting (jobcomp logs, JSON, sacct), and a trace made of them."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -34,7 +32,7 @@ class Export:
     """of the cluster; by default as many as ever ran at the same time"""
 
 
-def read_finished(path: Path, left_out: Counter[str]) -> Iterator[SlurmJob]:
+def _read_finished(path: Path, left_out: Counter[str]) -> Iterator[SlurmJob]:
     """The jobs in a jobcomp/filetxt log, or in the output of `squeue --json` or `sacct -P`, in any state.
 
     Lines of sacct that cannot be told apart into columns are counted in `left_out`.
@@ -117,7 +115,7 @@ def _seconds(text: str) -> float:
     return datetime.fromisoformat(text).timestamp() if text[:1].isdigit() else 0.0
 
 
-def most_at_once(jobs: Sequence[SlurmJob]) -> int:
+def _most_at_once(jobs: Sequence[SlurmJob]) -> int:
     """The most processors that were taken at the same time."""
     changes = sorted(
         [(job.start, job.cpus) for job in jobs] + [(max(job.end, job.start + 1), -job.cpus) for job in jobs]
@@ -133,7 +131,7 @@ def export(args: Export) -> str:
     """
     ran: dict[tuple[int, float], SlurmJob] = {}
     left_out: Counter[str] = Counter()
-    for job in (job for path in args.inputs for job in read_finished(path, left_out)):
+    for job in (job for path in args.inputs for job in _read_finished(path, left_out)):
         if not job.has_ended:
             left_out["not finished"] += 1
         elif not job.ran:
@@ -146,7 +144,7 @@ def export(args: Export) -> str:
     if not ran:
         raise WorkloadError(f"{', '.join(map(str, args.inputs))}: no job that has run{skipped}; give a longer record")
     jobs = sorted(ran.values(), key=lambda job: (job.eligible, job.job_id))
-    processors, source = args.processors or most_at_once(jobs), "as given"
+    processors, source = args.processors or _most_at_once(jobs), "as given"
     if not args.processors:
         source = "as many as were ever taken at once; --processors says otherwise"
     if (largest := max(jobs, key=lambda job: job.cpus)).cpus > processors:

@@ -152,9 +152,8 @@ def _not_finite(body: bytes) -> Iterator[list[Id]]:
     def search(value: Any, where: list[Id]) -> Iterator[list[Id]]:
         if isinstance(value, float) and not math.isfinite(value):
             yield where
-        for key, part in (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        ):
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, part in parts:
             yield from search(part, [*where, key])
 
     try:
@@ -177,7 +176,7 @@ def cluster_state(state: State) -> ClusterState:
     if len(index) < len(state.nodes):
         raise Refused(("nodes", _first_repeated([node.name for node in state.nodes]), "name"), "there twice")
     capacities = tuple(tuple(node.capacity) for node in state.nodes)
-    cluster, resources = to_cluster(capacities, tuple(node.speed for node in state.nodes)), len(capacities[0])
+    cluster, resources = _to_cluster(capacities, tuple(node.speed for node in state.nodes)), len(capacities[0])
     if state.resources is not None and len(state.resources) != resources:
         raise Refused(("resources",), f"{len(state.resources)} names, and {resources} resources")
     finished, codes = None, None
@@ -193,8 +192,8 @@ def cluster_state(state: State) -> ClusterState:
     free = np.full_like(cluster.capacity, np.inf)
     if any(given.free is not None for given in state.nodes):
         rows = [unknown if given.free is None else given.free for given, unknown in zip(state.nodes, free, strict=True)]
-        free = read_amounts(rows, resources, "nodes", "free")
-    problem, k = first_problem(
+        free = _read_amounts(rows, resources, "nodes", "free")
+    problem, k = _first_problem(
         state.now, queued.submit_time, queued.demand, running.submit_time, start_time, node, running.demand,
         cluster.capacity, free, np.zeros_like(free),
     )  # fmt: skip
@@ -205,10 +204,10 @@ def cluster_state(state: State) -> ClusterState:
 
 
 @lru_cache(maxsize=16)
-def to_cluster(capacity: tuple[tuple[float, ...], ...], speed: tuple[float, ...]) -> Cluster:
+def _to_cluster(capacity: tuple[tuple[float, ...], ...], speed: tuple[float, ...]) -> Cluster:
     """Clusters change seldom."""
     resources = len(capacity[0])
-    amounts = read_amounts(capacity, resources, "nodes", "capacity")
+    amounts = _read_amounts(capacity, resources, "nodes", "capacity")
     try:
         cluster = Cluster(amounts, np.array(speed), ("",) * resources)
     except WorkloadError as error:
@@ -233,7 +232,18 @@ PROBLEMS = (
 
 
 @numba.njit(cache=True)
-def first_problem(now, submit, demand, running_submit, start, node, running_demand, capacity, free, used):
+def _first_problem(
+    now: float,
+    submit: np.ndarray,
+    demand: np.ndarray,
+    running_submit: np.ndarray,
+    start: np.ndarray,
+    node: np.ndarray,
+    running_demand: np.ndarray,
+    capacity: np.ndarray,
+    free: np.ndarray,
+    used: np.ndarray,
+) -> tuple[int, int]:
     """Which of PROBLEMS there is, and with which entry, or (-1, -1). Fills `used` float64[M, R] with what the running
     jobs take and `free` float64[M, R], where it is infinite, with what they leave."""
     for i in range(len(submit)):
@@ -267,7 +277,7 @@ def first_problem(now, submit, demand, running_submit, start, node, running_dema
     return -1, -1
 
 
-def read_amounts(rows: Sequence[Any], resources: int, part: str, field: str) -> np.ndarray:
+def _read_amounts(rows: Sequence[Any], resources: int, part: str, field: str) -> np.ndarray:
     """float64[len(rows), R]"""
     if not set(map(len, rows)) <= {resources}:
         index = next(index for index, row in enumerate(rows) if len(row) != resources)
@@ -279,7 +289,7 @@ def to_jobs(
     part: str, jobs: Sequence[Job], submit: list[float], resources: int, codes: dict[Any, int] | None = None
 ) -> Jobs:
     """In the order given, with run times as requested; `codes` numbers users and executables."""
-    demand = read_amounts([job.demand for job in jobs], resources, part, "demand")
+    demand = _read_amounts([job.demand for job in jobs], resources, part, "demand")
     requested, unknown = np.array([job.requested_time for job in jobs]), np.full(len(jobs), -1, np.int32)
     user, executable = unknown, unknown
     if codes is not None:
@@ -291,8 +301,8 @@ def to_jobs(
 
 def _first_repeated(names: list[Id]) -> int:
     """The first that has been there before."""
-    seen: set[Id] = set()
-    return next(k for k, name in enumerate(names) if name in seen or seen.add(name))
+    first: dict[Id, int] = {}
+    return next(k for k, name in enumerate(names) if first.setdefault(name, k) != k)
 
 
 STATES, OBSERVATIONS = msgspec.json.Decoder(State), msgspec.json.Decoder(Observed)

@@ -39,7 +39,7 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(data, status, media_type="application/json")
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, limit: int) -> bytes:
     """
     Raises:
         Refused: it is not JSON, larger than the limit, or does not arrive.
@@ -66,13 +66,13 @@ def create_app(service: Service, token: bytes | None = None) -> FastAPI:
     @app.post("/v1/decisions", summary="What to start now and where, and the priority of every queued job",
               **_contract(State, Answer))  # fmt: skip
     async def decisions(request: Request) -> Response:
-        body = await read_body(request, limit)
+        body = await _read_body(request, limit)
         with metrics.seconds.time():
             return _json(service.decide(body))
 
     @app.post("/v1/predict", summary="The action for a raw observation", **_contract(Observed, Action))
     async def predict(request: Request) -> Response:
-        return _json(service.predict(await read_body(request, limit)))
+        return _json(service.predict(await _read_body(request, limit)))
 
     @app.get("/v1/model", summary="What decides")
     async def model() -> dict[str, Any]:
@@ -98,7 +98,7 @@ def create_app(service: Service, token: bytes | None = None) -> FastAPI:
 
     # FastAPI's way to a function without parameters costs a tenth of a decision: Starlette's own comes first.
     app.router.routes.insert(0, Route("/v1/decisions", decisions, methods=["POST"]))
-    app.openapi = lambda: _openapi(app, token is not None)
+    app.openapi = lambda: _openapi(app, token is not None)  # type: ignore[method-assign]  # as FastAPI extends it
     if token is not None:
         app.add_middleware(BearerToken, token=token)
     return app

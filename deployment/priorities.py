@@ -1,6 +1,8 @@
-"""The agent that sets the priorities of a Slurm cluster's pending jobs in a policy's order."""
+"""The agent that sets the priorities of a Slurm cluster's pending jobs in a policy's order.
 
-from __future__ import annotations
+`Agent.run` looks again and again; `Agent.one_pass` is one look. Before it stand what it computes: the order, the labels
+that express it with few changes, predicted starts, and what the jobs would have waited. Times are seconds since 1970.
+"""
 
 import logging
 import threading
@@ -74,6 +76,23 @@ class Args:
     """seconds between two replays of the recorded jobs, under the policy and under FIFO"""
 
 
+def check(args: Args) -> None:
+    """Refuse numbers with which the agent would start and then not work.
+
+    Raises:
+        ValueError: a flag, and what to give.
+    """
+    port = 0 if args.metrics_port is None else args.metrics_port
+    for flag, value, fits, remedy in (
+        ("max-wait", args.max_wait, args.max_wait >= 0, "seconds, 0 or more (inf: without end)"),
+        ("max-nice", args.max_nice, args.max_nice >= 1, "1 or more"),
+        ("interval", args.interval, 0 < args.interval <= threading.TIMEOUT_MAX, "seconds, more than 0"),
+        ("metrics-port", port, 0 <= port <= 65_535, "a port up to 65535"),
+    ):
+        if not fits:
+            raise ValueError(f"--{flag} {value}: give {remedy}")
+
+
 def priority_order(policy: Policy, snapshot: Snapshot, max_wait: float) -> list[SlurmJob]:
     """All jobs to order, most urgent first: who has waited too long, oldest first; then as the policy says."""
     ordered = [snapshot.pending[i] for i in policy.decide(snapshot.state()).order]
@@ -106,7 +125,7 @@ def relabel(labels: Sequence[int], low: int, high: int) -> list[int]:
     return new
 
 
-def hints(labels: Sequence[int], low: int, high: int) -> list[int]:
+def _hints(labels: Sequence[int], low: int, high: int) -> list[int]:
     """As `relabel`, but the first one is `high`, whatever came before it, and where there are more labels than levels
     the last ones are all `low`: jobs that are not labelled would be at `high`, before the others."""
     room = high - low
@@ -221,9 +240,8 @@ class Metrics:
         self.failures = named(counter, "failures_total", "Passes that failed, and were tried again later")
         self.own = named(histogram, "pass_seconds", "A pass's own time, without waiting for Slurm")
         self.last = named(gauge, "last_pass_timestamp_seconds", "When the queue was last known")
-        self.hindsight = named(
-            gauge, "hindsight_wait_seconds", "Mean wait of the recorded jobs under an order", "order"
-        )
+        replayed = "Mean wait of the recorded jobs under an order"
+        self.hindsight = named(gauge, "hindsight_wait_seconds", replayed, "order")
         self.board = Board(f"runs/slurm__{mode}__{int(time.time())}")
         self.started = 0
 
@@ -377,7 +395,7 @@ class Agent:
         if name == "priority":
             order = order[: high - low + 1]  # what comes after so many has time, and is below them all
         current = [sign * getattr(job, name) for job in order]
-        wanted = hints(current, low, high) if name == "nice" else relabel(current, low, high)
+        wanted = _hints(current, low, high) if name == "nice" else relabel(current, low, high)
         changes = [(job.job_id, sign * new) for job, old, new in zip(order, current, wanted, strict=True) if new != old]
         front = " ".join(str(job.job_id) for job in order[:5])
         if self.args.mode == "shadow":
@@ -439,23 +457,6 @@ def warm_up(policy: Policy) -> None:
     snapshot = Snapshot(0.0, 1, jobs[:1], [], jobs[1:])
     predicted_starts(snapshot, priority_order(policy, snapshot, 1.0))
     hindsight(policy, jobs[1:], 1)
-
-
-def check(args: Args) -> None:
-    """Refuse numbers with which the agent would start and then not work.
-
-    Raises:
-        ValueError: a flag, and what to give.
-    """
-    port = 0 if args.metrics_port is None else args.metrics_port
-    for flag, value, fits, remedy in (
-        ("max-wait", args.max_wait, args.max_wait >= 0, "seconds, 0 or more (inf: without end)"),
-        ("max-nice", args.max_nice, args.max_nice >= 1, "1 or more"),
-        ("interval", args.interval, 0 < args.interval <= threading.TIMEOUT_MAX, "seconds, more than 0"),
-        ("metrics-port", port, 0 <= port <= 65_535, "a port up to 65535"),
-    ):
-        if not fits:
-            raise ValueError(f"--{flag} {value}: give {remedy}")
 
 
 def serve_metrics(args: Args, metrics: Metrics) -> None:

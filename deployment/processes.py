@@ -8,11 +8,10 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
+from multiprocessing.context import SpawnProcess
 from tempfile import TemporaryDirectory
-from typing import NoReturn
 
 import uvicorn
 import uvloop
@@ -94,12 +93,12 @@ def listen(args: Args) -> socket.socket:
 class Connection(HttpToolsProtocol):
     """uvicorn's, that does not wait for ever for the first request: who says nothing counts towards its limit too."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
         self.loop.call_later(REQUEST_SECONDS, self.close_if_silent)
 
     def close_if_silent(self) -> None:
-        if self.cycle is None:  # no request yet, or half a one
+        if not self.cycle:  # no request yet, or half a one
             self.transport.close()
 
 
@@ -128,7 +127,7 @@ def work(service: Service, token: bytes | None, listener: socket.socket) -> None
         uvloop.run(serve(service, create_app(service, token), listener))
 
 
-def work_for(args: Args, policy: Policy, seen: tuple[int, ...], token: bytes | None, listener: socket.socket) -> None:
+def _work_for(args: Args, policy: Policy, seen: tuple[int, ...], token: bytes | None, listener: socket.socket) -> None:
     """`work` in another process than that of the service whose policy it is."""
     log_to_stderr()
     work(Service(args, policy, seen), token, listener)
@@ -142,8 +141,9 @@ def supervise(service: Service, token: bytes | None, listener: socket.socket) ->
     file has been damaged.
     """
     args = service.args
-    spawn, workers, stopping = multiprocessing.get_context("spawn"), [], []
-
+    spawn = multiprocessing.get_context("spawn")
+    workers: list[SpawnProcess] = []
+    stopping: list[int] = []  # the signals that came
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopping.append(number))
     with TemporaryDirectory(prefix="resourcerl-") as folder:
@@ -155,7 +155,7 @@ def supervise(service: Service, token: bytes | None, listener: socket.socket) ->
             service.refresh()
             while len(workers) < args.workers and not stopping:
                 handed = service.model.policy, service.seen
-                worker = spawn.Process(target=work_for, args=(args, *handed, token, listener))
+                worker = spawn.Process(target=_work_for, args=(args, *handed, token, listener))
                 worker.start()
                 workers.append(worker)
             time.sleep(RELOAD_SECONDS)  # also between the deaths of workers that cannot live
@@ -163,8 +163,3 @@ def supervise(service: Service, token: bytes | None, listener: socket.socket) ->
             worker.terminate()
         for worker in workers:
             worker.join()
-
-
-def fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)

@@ -96,20 +96,20 @@ class Model:
             PolicyError: it fails in a small state.
         """
         resources = policy.metadata.resources if isinstance(policy, OnnxPolicy) else 1
-        compile_kernels(resources)  # before the clock starts
-        timer = threading.Timer(TRIAL_SECONDS, end_calls, (policy,))
+        _compile_kernels(resources)  # before the clock starts
+        timer = threading.Timer(TRIAL_SECONDS, _end_calls, (policy,))
         timer.start()
         try:
             version = hashlib.sha256(policy.identity).hexdigest()[:12]
             model = Model(policy, RulePolicy(policy.reference), version, time.time())
             for chooser in (model.fallback, model.policy):
-                chooser.decide(example(resources))
+                chooser.decide(_example(resources))
         finally:
             timer.cancel()
         return model
 
 
-def example(resources: int) -> ClusterState:
+def _example(resources: int) -> ClusterState:
     """A job of each kind on two nodes, and one more that is queued."""
     cluster = Cluster(np.full((2, resources), 4.0), np.ones(2), ("",) * resources)
     job = Job(demand=[2.0] * resources, requested_time=60.0, user=1)
@@ -117,18 +117,18 @@ def example(resources: int) -> ClusterState:
     return ClusterState(3.0, cluster, queued, one, np.zeros(1), np.zeros(1, np.int64), one)
 
 
-def compile_kernels(resources: int) -> None:
+def _compile_kernels(resources: int) -> None:
     """Compile, or load, what decisions need, now and not in the first of them."""
     node = Node("a", [1.0])
     cluster_state(State(1.0, [node], [QueuedJob(demand=[1.0], requested_time=1.0, id=1, submit_time=0.0)]))
-    moment, layout = Moment(example(resources), parse_rule("easy-fifo")), Layout(2, 2, resources)
+    moment, layout = Moment(_example(resources), parse_rule("easy-fifo")), Layout(2, 2, resources)
     observation, _ = moment.observe(layout)
     moment.act(int(layout.split(observation).mask.argmax()))
     moment.follow_rule()
     moment.rule_order()
 
 
-def end_calls(policy: Policy) -> None:
+def _end_calls(policy: Policy) -> None:
     """Make the model's present call fail."""
     if isinstance(policy, OnnxPolicy):
         policy.run_options.terminate = True
@@ -139,7 +139,8 @@ class Watchdog(threading.Thread):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(daemon=True)
-        self.seconds, self.guarded = seconds, None
+        self.seconds = seconds
+        self.guarded: tuple[float, onnxruntime.RunOptions] | None = None  # when the present call began, and its options
 
     def run(self) -> None:
         while True:
@@ -157,7 +158,7 @@ class Metrics:
         shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # by several workers, through files in that folder
         if shared:
             MultiProcessCollector(self.registry)
-        named = {"namespace": "resourcerl", "registry": None if shared else self.registry}
+        named: dict[str, Any] = {"namespace": "resourcerl", "registry": None if shared else self.registry}
         buckets = [0.0002 * 2**k for k in range(14)]
         self.decisions = Counter("decisions", "Decisions, by what decided", ["decided_by"], **named)
         self.seconds = Histogram("decision_seconds", "From body to answer", buckets=buckets, **named)
@@ -173,10 +174,10 @@ class Metrics:
 class Recorder(RotatingFileHandler):
     """Appends lines; a failure is counted, and delays or loses no answer."""
 
-    def __init__(self, args: Args, failures: Counter) -> None:
+    def __init__(self, path: Path, most_bytes: int, files: int, failures: Counter) -> None:
         self.failures = failures
-        super().__init__(args.record, maxBytes=args.record_bytes, backupCount=args.record_files, encoding="utf-8")
-        if self.stream.tell():  # a line that a kill has cut short stays one of its own
+        super().__init__(path, maxBytes=most_bytes, backupCount=files, encoding="utf-8")
+        if self.stream and self.stream.tell():  # a line that a kill has cut short stays one of its own
             self.stream.write("\n")
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -198,7 +199,8 @@ class Service:
         self.path = getattr(policy or load_policy(args.policy), "path", None)  # a rule has none
         self.seen = seen if policy else self._look()
         self._use(Model.tried(policy or load_policy(args.policy)))
-        self.recorder = Recorder(args, self.metrics.unrecorded) if args.record else None
+        limits, failures = (args.record_bytes, args.record_files), self.metrics.unrecorded
+        self.recorder = Recorder(args.record, *limits, failures) if args.record else None
         self.watchdog = Watchdog(args.deadline_ms / 1e3)
         self.watchdog.start()
         self.reload_wanted = asyncio.Event()
@@ -219,8 +221,8 @@ class Service:
         if isinstance(model.policy, OnnxPolicy) and resources != model.policy.metadata.resources:
             problem = f"{resources} resources, and the policy was made for {model.policy.metadata.resources}"
             raise Refused(("nodes", 0, "capacity"), problem)
-        decision, *by = self._ask(model, lambda policy: policy.decide(cluster))
-        answer = msgspec.json.encode(_answer(state, decision, *by))
+        decision, name, version, fallback = self._ask(model, lambda policy: policy.decide(cluster))
+        answer = msgspec.json.encode(_answer(state, decision, name, version, fallback))
         self.metrics.queued.set(len(state.queued))
         if self.recorder:
             self.recorder.emit(logging.makeLogRecord({"msg": _record(body, answer)}))
@@ -255,12 +257,9 @@ class Service:
         policy = self.model.policy
         metadata = asdict(policy.metadata) if isinstance(policy, OnnxPolicy) else None
         return {
-            "name": policy.name,
-            "version": self.model.version,
-            "loaded": self.model.loaded,
-            "fallback": self.model.fallback.name,
-            "metadata": metadata,
-        }
+            "name": policy.name, "version": self.model.version, "loaded": self.model.loaded,
+            "fallback": self.model.fallback.name, "metadata": metadata,
+        }  # fmt: skip
 
     async def watch(self) -> None:
         """Load the policy's file again whenever it has changed, or on demand."""

@@ -1,7 +1,5 @@
 """Slurm's REST interface (slurmrestd on a unix socket), and its jobs in our terms."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +11,10 @@ import httpx
 import numpy as np
 
 from simulator.moment import ClusterState
-from workloads.jobs import Cluster, Jobs
+from workloads.jobs import DAY, Cluster, Jobs
 
 API = "/slurm/v0.0.38"
-FOREVER = 30 * 86_400.0  # seconds, in place of a time limit that is not there
+FOREVER = 30 * DAY  # seconds, in place of a time limit that is not there
 
 
 class SlurmError(Exception):
@@ -95,6 +93,13 @@ def _is_refusal(answer: dict[str, Any]) -> bool:
     return any(error.get("error_number") in range(2000, 5000) for error in answer["errors"])
 
 
+# CONFIGURING: it has its processors, and waits for their nodes to wake up.
+RUNNING, PENDING = ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"), ("PENDING",)
+FINISHED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SlurmJob:
     """A job (or a job array's tasks that are still together), pending, running or finished."""
@@ -132,13 +137,6 @@ class SlurmJob:
     def key(self) -> tuple[int, float]:
         """A job that is requeued runs several times under one id."""
         return self.job_id, self.start
-
-
-# CONFIGURING: it has its processors, and waits for their nodes to wake up.
-RUNNING, PENDING = ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"), ("PENDING",)
-FINISHED = (
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
-)  # fmt: skip
 
 
 def job_from_rest(record: dict[str, Any]) -> SlurmJob:
@@ -179,9 +177,8 @@ def processors_in_use(nodes: Iterable[dict[str, Any]], partition: str | None) ->
         SlurmError: a node is not as expected.
     """
     try:
-        return sum(
-            _processors_of(node) for node in nodes if partition is None or partition in node.get("partitions", ())
-        )
+        ours = [node for node in nodes if partition is None or partition in node.get("partitions", ())]
+        return sum(map(_processors_of, ours))
     except (AttributeError, TypeError, ValueError) as error:
         raise SlurmError(f"GET nodes: a node that is not as expected ({error!r})") from None
 
@@ -197,7 +194,7 @@ def _processors_of(node: dict[str, Any]) -> int:
 
 
 def jobs_of(records: Sequence[SlurmJob], origin: float = 0.0) -> Jobs:
-    """The jobs as workloads.py has them, times from `origin` on; what has not ended has its time limit as its run time.
+    """The jobs in arrays, times from `origin` on; what has not ended has its time limit as its run time.
 
     A job is submitted when it becomes eligible; its executable is known by the job's name.
     """
@@ -223,6 +220,7 @@ def jobs_of(records: Sequence[SlurmJob], origin: float = 0.0) -> Jobs:
 
 
 def pool(processors: int) -> Cluster:
+    """The cluster as policies see it: one node that holds all processors, as an SWF trace's machine."""
     return Cluster(np.array([[float(processors)]]), np.ones(1), ("processors",))
 
 

@@ -70,15 +70,22 @@ def screenshot(path: Path, chromium: str, policies: list[str]) -> None:
 
 
 def command(args: dict[str, Any]) -> str:
-    """What starts the run whose args.json this is: its flags that are not the defaults, files without folders."""
+    """What starts the run whose args.json this is: its flags that are not the defaults, files without folders.
+
+    A reference is `tuned`, or else what `auto` has found: args.json does not say which rules were given by hand.
+    """
     words = [f"python {args['exp_name']}.py", "--workload", Path(args["workload"]).name]
+    filled_in = {"workload", "exp_name", "batch_size", "minibatch_size", "num_iterations"}
     for field in fields(import_module(args["exp_name"]).Args):
-        value, default = args.get(field.name), field.default
-        value = tuple(value) if isinstance(value, list) else value
-        filled_in = field.name in ("workload", "exp_name", "batch_size", "minibatch_size", "num_iterations")
-        if filled_in or value == default or (field.name == "reference" and default == "auto" and value != "tuned"):
+        if field.name in filled_in or field.name not in args:
             continue
-        words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+        value = tuple(args[field.name]) if isinstance(args[field.name], list) else args[field.name]
+        if field.name == "reference" and not value.startswith("tuned"):
+            continue  # what `auto` has found
+        if field.name == "reference":
+            value = "tuned"
+        if value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
     return " ".join(words)
 
 

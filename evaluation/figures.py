@@ -132,23 +132,21 @@ def fairness(replays: Replays, name: str) -> dict[str, Any]:
 
 def protocols(args: Compare, replays: dict[Scenario, Replays]) -> dict[str, Any]:
     """The cost under both protocols, and what changes sides against EASY-FIFO between them."""
-    metric, found = METRIC[args.objective], {}
-    for protocol in ("continuous", "windows"):
-        if own := replays.get(Scenario(protocol, args.load)):
-            column = {name: values[:, METRICS.index(metric)] for name, values in own.per_block.items()}
+    metric = METRICS.index(METRIC[args.objective])
+    found: dict[str, Any] = {}
+    for scenario in (Scenario("continuous", args.load), Scenario("windows", args.load)):
+        if own := replays.get(scenario):
+            column = {name: values[:, metric] for name, values in own.per_block.items()}
             weights = bootstrap_weights(len(column["fifo"]), args.seed)
             figures = {
                 name: summary(values, weights)
                 | {"to_easy_fifo": against_easy_fifo(values, column["easy-fifo"], weights)}
                 for name, values in column.items()
             }
-            best = min(figures, key=lambda name: figures[name]["mean"])
-            found[protocol] = {
-                "policies": figures,
-                "best": best,
-                "jobs": own.counted_jobs,
-                "blocks": len(column["fifo"]),
-            }
+            found[scenario.protocol] = {
+                "policies": figures, "best": min(figures, key=lambda name: figures[name]["mean"]),
+                "jobs": own.counted_jobs, "blocks": len(column["fifo"]),
+            }  # fmt: skip
     if len(found) == 2:
         here, there = (found[protocol]["policies"] for protocol in ("continuous", "windows"))
         sides = {name: here[name]["to_easy_fifo"]["side"] * there[name]["to_easy_fifo"]["side"] for name in here}

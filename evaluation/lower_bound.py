@@ -33,7 +33,7 @@ def lower_bound(jobs: Jobs, cluster: Cluster, objective: str, iterations: int = 
     """
     kinds, kind = np.unique(np.column_stack([cluster.speed, cluster.capacity]), axis=0, return_inverse=True)
     capacity = np.bincount(kind.ravel())[:, None] * kinds[:, 1:]  # [C, R]
-    fits = (jobs.demand[:, None] <= kinds[:, 1:] + 1e-9).all(2)  # [N, C]
+    fits = np.all(jobs.demand[:, None] <= kinds[:, 1:] + 1e-9, axis=2)  # [N, C]
     time = np.where(fits, jobs.run_time[:, None] / kinds[:, 0], np.inf)
     share = np.where(fits[:, :, None], jobs.demand[:, None] / np.maximum(capacity, 1e-9), 0.0)  # [N, C, R]
     # A job costs the larger of `least` and its constant[N, C] + weight * wait.
@@ -57,7 +57,17 @@ def lower_bound(jobs: Jobs, cluster: Cluster, objective: str, iterations: int = 
 
 
 @numba.njit(cache=True)
-def relaxed_cost(release, time, share, constant, weight, least, prices, part, excess):  # type: ignore[no-untyped-def]
+def relaxed_cost(
+    release: np.ndarray,
+    time: np.ndarray,
+    share: np.ndarray,
+    constant: np.ndarray,
+    weight: np.ndarray,
+    least: float,
+    prices: np.ndarray,
+    part: float,
+    excess: np.ndarray,
+) -> float:
     """The sum of all jobs' least costs at prices[C, R, K], less what the whole capacity costs.
 
     Writes into excess[C, R, K] by how much of the capacity the jobs use more than there is (its gradient).
@@ -104,7 +114,7 @@ def relaxed_cost(release, time, share, constant, weight, least, prices, part, ex
 
 
 @numba.njit(cache=True)
-def paid(until, prices, share, at, part):  # type: ignore[no-untyped-def]
+def paid(until: np.ndarray, prices: np.ndarray, share: np.ndarray, at: float, part: float) -> float:
     """What shares[R] of a kind of nodes cost from the beginning up to a time."""
     k = min(int(at / part), prices.shape[1])
     total = 0.0

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
 
 from evaluation.figures import CURVES
 from simulator.gantt import gantt_chart
@@ -22,12 +23,12 @@ INK, GRID = "#1f2329", "#d9dce1"  # in the page these become its own colours
 COLOURS = ("#e8710a", "#1a73e8", "#12a150", "#c2368d", "#8a5cf5", "#b8860b", "#0e9aa7", "#d13438")
 BASELINE_COLOURS = {"fifo": "#9aa0a6", "easy-fifo": "#6b7c93"}
 WIDTH = 5.6  # inches: on a telephone such a figure shrinks to two thirds and can still be read
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "figure.figsize": (WIDTH, 3.4), "figure.constrained_layout.use": True, "font.size": 9.5, "axes.titlesize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": GRID, "grid.linewidth": 0.7, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.8,
     "svg.hashsalt": "resourcerl", "savefig.dpi": 160,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
 }  # fmt: skip
 METRIC_NAMES = {
     "latency": "latency (s)", "wait": "wait (s)", "bounded_slowdown": "bounded slowdown", "utilization": "utilization",

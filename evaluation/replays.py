@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -22,17 +22,13 @@ from workloads.jobs import Workload
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
-CODE = (
-    *sorted((ROOT / "simulator").glob("*.py")),
-    ROOT / "scheduler_env.py",
-    ROOT / "policies.py",
-)  # what a kept replay depends on
+CODE = (*sorted((ROOT / "simulator").glob("*.py")), ROOT / "scheduler_env.py", ROOT / "policies.py")  # decides replays
 
 
 class Scenario(NamedTuple):
     """How the jobs are replayed."""
 
-    protocol: str
+    protocol: Literal["continuous", "windows"]
     load: float
 
 
@@ -76,14 +72,14 @@ class Replays:
 def replay_all(
     workloads: dict[Scenario, Workload], policies: dict[str, Policy], folder: Path | None, workers: int
 ) -> Iterator[tuple[Scenario, str, tuple[np.ndarray, np.ndarray] | str]]:
-    """What `replay` returns for every policy in every scenario, as it comes in, with a progress bar."""
+    """What `_replay` returns for every policy in every scenario, as it comes in, with a progress bar."""
     if folder:
         folder.mkdir(exist_ok=True)
     tasks = [(scenario, name) for scenario in workloads for name in policies]
     code = [path.read_bytes() for path in CODE]
     jobs = {scenario: workload_digest(workload) for scenario, workload in workloads.items()}
     files = [
-        folder and folder / f"{digest(*code, jobs[scenario].encode(), policies[name].identity)[:24]}.npz"
+        folder and folder / f"{_digest(*code, jobs[scenario].encode(), policies[name].identity)[:24]}.npz"
         for scenario, name in tasks
     ]
     with ExitStack() as stack:
@@ -94,12 +90,12 @@ def replay_all(
             pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore)
             stack.callback(pool.shutdown, cancel_futures=True)
             run = pool.map
-        found = run(replay, [policies[name] for _, name in tasks], [workloads[where] for where, _ in tasks], files)
+        found = run(_replay, [policies[name] for _, name in tasks], [workloads[where] for where, _ in tasks], files)
         for (scenario, name), result in replaying(zip(tasks, found, strict=True), len(tasks)):
             yield scenario, name, result
 
 
-def replay(policy: Policy, workload: Workload, file: Path | None) -> tuple[np.ndarray, np.ndarray] | str:
+def _replay(policy: Policy, workload: Workload, file: Path | None) -> tuple[np.ndarray, np.ndarray] | str:
     """Start times and nodes of the jobs of all segments, from the file or else into it; or what is wrong."""
     if file and file.exists():
         try:
@@ -119,7 +115,7 @@ def replay(policy: Policy, workload: Workload, file: Path | None) -> tuple[np.nd
     return start_time, node
 
 
-def digest(*parts: bytes) -> str:
+def _digest(*parts: bytes) -> str:
     """SHA-256 of the parts."""
     total = hashlib.sha256()
     for part in parts:
@@ -130,7 +126,7 @@ def digest(*parts: bytes) -> str:
 def workload_digest(workload: Workload) -> str:
     arrays = [getattr(workload.jobs, column.name) for column in fields(workload.jobs)]
     arrays += [workload.segments, workload.cluster.capacity, workload.cluster.speed]
-    return digest(*(np.ascontiguousarray(array).tobytes() for array in arrays))
+    return _digest(*(np.ascontiguousarray(array).tobytes() for array in arrays))
 
 
 def replaying(items: Iterable[T], total: int) -> Iterable[T]:

@@ -30,10 +30,9 @@ from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, mod
 
 os.environ.setdefault("NUMBA_OPT", "2")  # three quarters of the compile time of 3, the default, and as fast
 # Without reference counting (kernels allocate nothing): half the compile time, a third of the run time.
-entry = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False, no_cfunc_wrapper=True)
-kernel = numba.njit(
-    cache=True, nogil=True, error_model="numpy", _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+OPTIONS: dict[str, Any] = dict(cache=True, nogil=True, error_model="numpy", _nrt=False, no_cfunc_wrapper=True)
+entry = numba.njit(**OPTIONS)
+kernel = numba.njit(**(OPTIONS | {"no_cpython_wrapper": True}))
 
 
 # --------------------------------------------------------------------------------------------------- pointers to states
@@ -57,7 +56,7 @@ class RefModel(models.PrimitiveModel):
 class RefAttributes(AttributeTemplate):
     key = Ref
 
-    def generic_resolve(self, ref: Ref, name: str) -> types.Type:
+    def generic_resolve(self, ref: Ref, name: str) -> types.Type:  # type: ignore[override]  # which says NotImplemented
         return ref.target.types[ref.target.fields.index(name)]
 
 
@@ -83,8 +82,10 @@ SLOWDOWN_BOUND = 10.0  # seconds; Feitelson et al., "Theory and practice in para
 # What a tuned rule adds up, times weights: TERMS once for the order of heads, once for that of backfilling and once for
 # whether the head gets a reservation (below zero); NODE_TERMS for the choice of its node. The classical orders that
 # look at these are special cases, up to a monotone function: SJF, SAF, WFP3, UNICEP, XF.
-TERMS = ("one", "requested", "size", "estimate", "expansion", "waited", "root_waited")
-TERMS += ("requested_queued", "size_queued", "waited_queued")
+TERMS = (
+    "one", "requested", "size", "estimate", "expansion", "waited", "root_waited",
+    "requested_queued", "size_queued", "waited_queued",
+)  # fmt: skip
 NODE_TERMS = ("speed", "left", "least_left", "most_left", "speed_requested")
 TERM_COUNT, HEAD_TERMS, BACKFILL_TERMS, RESERVE_TERMS, NODE_WEIGHTS = len(TERMS), 0, 1, 2, 3 * len(TERMS)
 PATIENCE = NODE_WEIGHTS + len(NODE_TERMS)  # the last number: who has waited for longer (hours) goes first, oldest first

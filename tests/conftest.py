@@ -6,9 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the project's files, also where plain `pytest` is called
@@ -32,9 +36,9 @@ settings.load_profile("deterministic")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before xdist's workers start, compile the kernels, whose cache they share: each would do it for itself."""
+    """Before xdist's workers start, compile the kernels: they share the cache, and would all begin with compiling."""
     if getattr(session.config.option, "dist", "no") != "no" and not hasattr(session.config, "workerinput"):
-        subprocess.run([sys.executable, str(ROOT / "tests" / "kernels.py")], check=True)
+        subprocess.run([sys.executable, str(ROOT / "tests" / "compile_kernels.py")], check=True)
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def slurm_job(
     return SlurmJob(job_id, state, "ann", "", "app", "main", eligible, start, end, limit, cpus)
 
 
-def until(happened: Any, seconds: float = 10.0) -> None:
+def until(happened: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "did not happen"

