@@ -14,6 +14,8 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import tyro
 from temporalio.client import WorkflowQueryFailedError
@@ -23,8 +25,7 @@ from orchestration import client
 from orchestration.server import command
 
 # The name of a command -> the class of its flags, and what does it.
-COMMANDS = {
-    "server": (client.Server, None),
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Coroutine[Any, Any, None]]]] = {
     "worker": (client.Worker, client.work),
     "test": (client.Test, client.test),
     "schedule-jobs": (client.ScheduleJobs, client.schedule_jobs),
@@ -50,12 +51,11 @@ def serve(args: client.Server) -> None:
 
 
 def main() -> None:
-    args = tyro.extras.subcommand_cli_from_dict(
-        {name: flags for name, (flags, _) in COMMANDS.items()}, description=__doc__
-    )
+    flags = {"server": client.Server} | {name: flags for name, (flags, _) in COMMANDS.items()}
+    args = tyro.extras.subcommand_cli_from_dict(flags, description=__doc__)
     try:
         if isinstance(args, client.Server):
-            return serve(args)
+            serve(args)
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         asyncio.run(dict(COMMANDS.values())[type(args)](args))
     except (RPCError, WorkflowQueryFailedError) as error:

@@ -8,12 +8,13 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from temporalio import activity
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, CancelledError
 
 from orchestration.children import beating, run_child
 from orchestration.config import (
@@ -23,6 +24,7 @@ from orchestration.config import (
     Candidate,
     Champion,
     Data,
+    Drift,
     EvaluateRequest,
     Evaluation,
     JobsRequest,
@@ -38,14 +40,16 @@ from orchestration.config import (
 )
 from orchestration.store import Store, deploy
 
-Asked, Answered = TypeVar("Asked"), TypeVar("Answered")
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 RUNS = Path("runs")
 CHECKPOINT_SECONDS = 10.0  # lost at most if a worker is killed
 BEST_RULE = "best_rule.json"
 
 
 def step(function: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
-    """An activity under the function's name. Its cancellation is not thrown into its thread: it looks by itself."""
+    """An activity under the function's name, which says all the time that it lives. Its cancellation is not thrown into
+    its thread: it looks by itself. What fails is tried again after a pause that grows to a minute."""
 
     @functools.wraps(function)
     def run(asked: Asked) -> Answered:
@@ -53,15 +57,32 @@ def step(function: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
         try:
             with beating(progress):
                 return function(asked)
-        except ValueError as error:  # also WorkloadError, PolicyError, Damaged
-            raise ApplicationError(str(error), type=USER_ERROR, non_retryable=True) from error
+        except CancelledError:
+            raise
+        except ApplicationError as error:  # of a command
+            raise later(error.message, error.type or "", error.non_retryable) from error
+        except Exception as error:  # ValueError: also WorkloadError, PolicyError, Damaged
+            known = isinstance(error, ValueError)
+            text = str(error).strip() or type(error).__name__
+            raise later(text, USER_ERROR if known else type(error).__name__, known) from error
 
     return activity.defn(no_thread_cancel_exception=True)(run)
 
 
+def later(text: str, kind: str, final: bool) -> ApplicationError:
+    pause = timedelta(seconds=min(60, 2 ** min(activity.info().attempt, 6)))
+    line = next((line for line in text.splitlines() if line.strip()), text)
+    return ApplicationError(line[:500], type=kind, non_retryable=final, next_retry_delay=None if final else pause)
+
+
+def loop_folder() -> Path:
+    """The loop's on this machine: TensorBoard's events, and what the rounds that run need."""
+    return RUNS / "loop" / str(activity.info().workflow_id)
+
+
 def scratch(step: Step) -> Path:
     """The round's folder on this machine, for what the store has too."""
-    return RUNS / "loop" / activity.info().workflow_id / f"{step.number:06d}"
+    return loop_folder() / f"{step.number:06d}"
 
 
 @step
@@ -155,7 +176,7 @@ def run_evaluation(asked: EvaluateRequest) -> Evaluation:
     config, store, mine = asked.step.config, Store(asked.step.config.store), scratch(asked.step) / "evaluation"
     shutil.rmtree(mine, ignore_errors=True)
     workload = store.fetch(asked.data.workload, mine / "workload.npz")
-    champion = asked.champion and store.fetch(asked.champion.policy, mine / "champion" / "policy.onnx")
+    champion = store.fetch(asked.champion.policy, mine / "champion" / "policy.onnx") if asked.champion else None
     candidates = [
         store.fetch(candidate.policy, mine / f"{CANDIDATE}{candidate.number}" / "policy.onnx")
         for candidate in asked.candidates
@@ -184,7 +205,7 @@ def find_best_rule(workload: Path, objective: str) -> str:
     return min((rule for rule in found if rule in RULES), key=lambda rule: found[rule][METRIC[objective]]["mean"])
 
 
-def find_drift(asked: EvaluateRequest, workload: Path, champion: Path | None) -> Any:
+def find_drift(asked: EvaluateRequest, workload: Path, champion: Path | None) -> Drift | None:
     """None where nothing was recorded under the champion."""
     if not (asked.data.recorded and asked.champion and champion):
         return None
@@ -254,7 +275,7 @@ def report_round(asked: Report) -> None:
     """TensorBoard, metrics, the loop's report and, with `track`, W&B."""
     from orchestration.report import show
 
-    show(asked, activity.info().workflow_id, RUNS / "loop" / activity.info().workflow_id)
+    show(asked, loop_folder().name, loop_folder())
 
 
 LIGHT = [

@@ -239,14 +239,15 @@ async def work(args: Worker) -> None:
         raise ValueError(f"--trainings {args.trainings}: give 1 or more")
     metrics = PrometheusConfig(f"127.0.0.1:{args.metrics_port}") if args.metrics_port is not None else None
     client = await connect(args, Runtime(telemetry=TelemetryConfig(metrics=metrics)))
-    stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    told: list[int] = []
+    stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, lambda n=number: stopped.done() or stopped.set_result(n))
+        asyncio.get_running_loop().add_signal_handler(number, lambda n: (told.append(n), stopped.set()), number)
     async with working(client, args.trainings):
         say(f"working for {client.service_client.config.target_host}, namespace {client.namespace}")
-        number = await stopped
+        await stopped.wait()
         say("ending, once trainings have saved")
-    if number == signal.SIGINT:
+    if told[0] == signal.SIGINT:
         raise KeyboardInterrupt
 
 

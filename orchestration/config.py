@@ -11,6 +11,7 @@ TASK_QUEUE = "resourcerl"
 TRAINING_QUEUE = "resourcerl-training"  # of its own: a worker takes only so many trainings, and anything else besides
 LOOP_ID = "training-loop"
 KEPT_ROUNDS = 100  # in a loop's status; older ones are in the store
+SILENCE = 30.0  # seconds without a heartbeat, and a worker is taken for dead
 USER_ERROR = "UserError"  # the type of errors that trying again does not mend
 
 

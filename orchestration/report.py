@@ -158,6 +158,7 @@ def in_use(found: Round) -> dict[str, Figure]:
 def over_rounds(rounds: list[Round]) -> Any:
     """None where there is nothing to show yet."""
     from matplotlib.figure import Figure as Picture
+    from matplotlib.ticker import MaxNLocator
 
     from evaluation.plots import COLOURS, Plot
 
@@ -178,7 +179,7 @@ def over_rounds(rounds: list[Round]) -> Any:
         if found.status == "promoted":
             axis.axvline(found.number, color="0.6", linestyle=":", linewidth=1)
     axis.axhline(0, color="0.6", linewidth=1)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="round (dotted: a promotion)", ylabel="difference in percent")
     axis.legend()
     caption = "The policy in use after each round against EASY-FIFO and the best rule, with 95 % intervals."

@@ -84,8 +84,9 @@ class Bucket:
 
         self.obstore = obstore
         # An outage is the activity's to survive: it says that it tries again, and when.
-        patience = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-        self.store = obstore.store.from_url(url, retry_config=patience)
+        self.store: Any = obstore.store.from_url(
+            url, retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+        )
 
     def read(self, name: str) -> tuple[bytes, str]:
         found = self.obstore.get(self.store, name)

@@ -70,7 +70,8 @@ def judge(results: dict[str, Any], objective: str, max_tail: float) -> dict[str,
 
 def tail_ratio(tails: dict[str, dict[str, float]], name: str) -> tuple[float, float]:
     """p99 and longest of the wait, EASY-FIFO = 1."""
-    return tuple(tails[name][key] / max(tails[YARDSTICK][key], 1e-9) for key in ("wait_p99", "wait_max"))
+    p99, longest = (tails[name][key] / max(tails[YARDSTICK][key], 1e-9) for key in ("wait_p99", "wait_max"))
+    return p99, longest
 
 
 def drift(workload: Workload, policy: Policy, since: float, bound: float) -> Drift | None:
@@ -91,6 +92,6 @@ def drift(workload: Workload, policy: Policy, since: float, bound: float) -> Dri
     [schedule] = policy.schedule(workload, np.array([[0, len(jobs)]]))
     recorded, predicted = jobs.wait_time[first:], schedule.wait[first:]
     blocks = [part.mean(axis=1) for part in np.array_split(np.stack([recorded, predicted]), BLOCKS, axis=1)]
-    found = figure(difference(*np.array(blocks).T, bootstrap_weights(BLOCKS, 0)))
+    found = figure(difference(np.array(blocks)[:, 0], np.array(blocks)[:, 1], bootstrap_weights(BLOCKS, 0)))
     beyond = found.low > bound or found.high < -bound
     return Drift(len(recorded), float(recorded.mean()), float(predicted.mean()), found, beyond)

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from typing import Any
 
 from temporalio.client import Client
 from temporalio.worker import Worker
@@ -21,7 +22,7 @@ SHORT_STEPS = 4  # side by side
 async def working(client: Client, trainings: int) -> AsyncIterator[None]:
     """Work in the background of the block, on so many trainings at once. At its end trainings save and end, and what
     is not done yet is done by the next worker."""
-    options = {
+    options: dict[str, Any] = {
         # How late a cancellation arrives, and how late progress is shown.
         "max_heartbeat_throttle_interval": timedelta(seconds=2),
         "default_heartbeat_throttle_interval": timedelta(seconds=2),

@@ -21,8 +21,9 @@ with workflow.unsafe.imports_passed_through():
 
 T = TypeVar("T")
 ROUNDS_EACH = 20  # in one history; Temporal's own advice comes later, after thousands of events
-LOST = timedelta(seconds=30)  # without a heartbeat, and a worker is taken for dead
-FINAL = [USER_ERROR, "Conflict"]  # trying again does not help
+# After a lost worker the next try is a second away. What fails says itself when to try again (activities.py), and these
+# do not get better.
+FINAL = [USER_ERROR, "Conflict"]
 
 
 async def short(activity: str, asked: Any, answer: type[T] | None) -> T:
@@ -30,10 +31,9 @@ async def short(activity: str, asked: Any, answer: type[T] | None) -> T:
     return await workflow.execute_activity(
         activity, asked, result_type=answer,
         start_to_close_timeout=timedelta(hours=1), schedule_to_close_timeout=timedelta(hours=6),
-        heartbeat_timeout=LOST,
+        heartbeat_timeout=timedelta(seconds=c.SILENCE),
         retry_policy=RetryPolicy(
-            initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=1),
-            non_retryable_error_types=FINAL,
+            initial_interval=timedelta(seconds=1), backoff_coefficient=1, non_retryable_error_types=FINAL,
         ),
     )  # fmt: skip
 
@@ -42,9 +42,9 @@ async def train(asked: c.TrainRequest) -> c.Candidate:
     """Hours. A lost worker is noticed by its silence, and the next one goes on from the checkpoint."""
     return await workflow.execute_activity(
         "train_policy", asked, result_type=c.Candidate, task_queue=TRAINING_QUEUE,
-        start_to_close_timeout=timedelta(days=7), heartbeat_timeout=LOST,
+        start_to_close_timeout=timedelta(days=7), heartbeat_timeout=timedelta(seconds=c.SILENCE),
         retry_policy=RetryPolicy(
-            initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=1), maximum_attempts=100,
+            initial_interval=timedelta(seconds=1), backoff_coefficient=1, maximum_attempts=100,
             non_retryable_error_types=FINAL,
         ),
         cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
@@ -55,9 +55,9 @@ async def evaluate(asked: c.EvaluateRequest) -> c.Evaluation:
     """Minutes; longer where a trace is long. It begins anew when tried again."""
     return await workflow.execute_activity(
         "run_evaluation", asked, result_type=c.Evaluation,
-        start_to_close_timeout=timedelta(days=1), heartbeat_timeout=LOST,
+        start_to_close_timeout=timedelta(days=1), heartbeat_timeout=timedelta(seconds=c.SILENCE),
         retry_policy=RetryPolicy(
-            initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=1), maximum_attempts=100,
+            initial_interval=timedelta(seconds=1), backoff_coefficient=1, maximum_attempts=100,
             non_retryable_error_types=FINAL,
         ),
         cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
@@ -154,17 +154,18 @@ class TrainingLoopWorkflow:
         """Wait for the next round's time, or for a signal that begins it, or ends the loop."""
         loop = self.loop
         while not self.over():
-            interval = loop.config.interval
-            left = None if loop.paused else loop.began + interval - now()
+            left = None if loop.paused else loop.began + loop.config.interval - now()
             if left is not None and (loop.wanted or left <= 0):
                 return
             self.state = "paused" if loop.paused else "waiting"
-            seen = loop.paused, loop.wanted, interval
+            seen = self.asked_for()
             with suppress(asyncio.TimeoutError):
-                await workflow.wait_condition(
-                    lambda seen=seen: self.over() or (loop.paused, loop.wanted, loop.config.interval) != seen,
-                    timeout=left,
-                )
+                await workflow.wait_condition(lambda: self.asked_for() != seen, timeout=left)  # noqa: B023
+
+    def asked_for(self) -> tuple[bool, bool, bool, float, int]:
+        """What decides whether a round begins, besides the time."""
+        config = self.loop.config
+        return self.stopping, self.loop.paused, self.loop.wanted, config.interval, config.rounds
 
     async def one_round(self) -> None:
         """Whatever happens in it, it is kept, and the loop goes on."""
@@ -199,26 +200,26 @@ class TrainingLoopWorkflow:
         """Fills in what comes of the round."""
         config = self.loop.config
         begin = c.Begin(config, workflow.info().first_execution_run_id, self.loop.done + 1)
-        begun = await self.timed("beginning", short("begin_round", begin, c.Begun))
+        begun = await self.timed(found, "beginning", short("begin_round", begin, c.Begun))
         found.number, self.loop.champion = begun.number, begun.champion
         step = c.Step(config, begun.number, f"rounds/{begun.number:06d}")
-        data = await self.timed("collecting", workload_of(step))
+        data = await self.timed(found, "collecting", workload_of(step))
         found.jobs = data.jobs
         numbers = range(1, config.candidates + 1)
         found.runs = [run_folder(begun.number, number) for number in numbers]
         trainings = [train(c.TrainRequest(step, data, *training)) for training in zip(numbers, found.runs, strict=True)]
-        trained = await self.timed("training", asyncio.gather(*trainings, return_exceptions=True))
+        trained = await self.timed(found, "training", asyncio.gather(*trainings, return_exceptions=True))
         candidates = [candidate for candidate in trained if isinstance(candidate, c.Candidate)]
         if not candidates:
-            raise trained[0]
+            raise next(error for error in trained if isinstance(error, BaseException))
         asked = c.EvaluateRequest(step, data, candidates, begun.champion)
-        found.evaluation = await self.timed("evaluating", evaluate(asked))
+        found.evaluation = await self.timed(found, "evaluating", evaluate(asked))
         best = next(candidate for candidate in candidates if candidate.number == found.evaluation.candidate)
         request = c.StoreRequest(step, best, found.evaluation)
-        await self.timed("storing", short("store_checkpoint", request, c.Reference))
+        await self.timed(found, "storing", short("store_checkpoint", request, c.Reference))
         found.status, found.why = "kept", found.evaluation.why
         if found.evaluation.better:
-            await self.timed("promoting", self.promotion(found, begun.champion))
+            await self.timed(found, "promoting", self.promotion(found, begun.champion))
 
     async def promotion(self, found: c.Round, champion: c.Champion | None) -> None:
         """Of the round's policy, if what it was compared with is still the champion."""
@@ -231,12 +232,12 @@ class TrainingLoopWorkflow:
                 raise
             found.why = f"{line(error)}; {found.why}"
 
-    async def timed(self, name: str, step: Awaitable[T]) -> T:
+    async def timed(self, found: c.Round, name: str, step: Awaitable[T]) -> T:
         self.state, began = name, workflow.time()
         try:
             return await step
         finally:
-            self.round.seconds[name] = workflow.time() - began
+            found.seconds[name] = workflow.time() - began
 
     @workflow.signal
     def stop(self) -> None:
@@ -289,7 +290,8 @@ class TrainingLoopWorkflow:
     @workflow.update
     async def rollback(self) -> c.Champion:
         """To the champion before."""
-        asked = c.Promotion(self.loop.config, 0, "rolled back by hand", self.loop.champion.round)
+        champion = self.loop.champion  # there is one: see the validator
+        asked = c.Promotion(self.loop.config, 0, "rolled back by hand", champion.round if champion else None)
         self.loop.champion = await short("promote", asked, c.Champion)
         return self.loop.champion
 

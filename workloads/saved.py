@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ CLUSTER = tuple(field.name for field in fields(Cluster))
 
 def save(path: Path, cluster: Cluster, jobs: Jobs | None = None) -> None:
     """Write the cluster and the jobs, in order of submission, whole or not at all."""
-    arrays = {f"cluster_{name}": np.asarray(getattr(cluster, name)) for name in CLUSTER}
+    arrays: dict[str, Any] = {f"cluster_{name}": np.asarray(getattr(cluster, name)) for name in CLUSTER}
     if jobs is not None:
         arrays |= {field.name: getattr(jobs, field.name) for field in fields(Jobs)}
     with replacing(path) as temporary, open(temporary, "wb") as file:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def wait_for(port: int, seconds: float = 60.0) -> None:
 
 
 class S3:
-    """An S3 server that can be away. It forgets everything when it is."""
+    """An S3 server that can be away; stopped it forgets everything."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -48,6 +49,13 @@ class S3:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(self.port)
+
+    def pause(self) -> None:
+        """Connections are accepted, and nobody answers."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         if self.process:
