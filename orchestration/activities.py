@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from temporalio import activity
@@ -278,8 +278,8 @@ def report_round(asked: Report) -> None:
     show(asked, loop_folder().name, loop_folder())
 
 
-LIGHT = [
+LIGHT: list[Callable[..., Any]] = [
     begin_round, generate_cluster, generate_jobs, collect_records, run_evaluation, store_checkpoint, promote,
     run_policy, report_round,
 ]  # fmt: skip
-HEAVY = [train_policy]
+HEAVY: list[Callable[..., Any]] = [train_policy]

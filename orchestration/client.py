@@ -239,15 +239,14 @@ async def work(args: Worker) -> None:
         raise ValueError(f"--trainings {args.trainings}: give 1 or more")
     metrics = PrometheusConfig(f"127.0.0.1:{args.metrics_port}") if args.metrics_port is not None else None
     client = await connect(args, Runtime(telemetry=TelemetryConfig(metrics=metrics)))
-    told: list[int] = []
-    stopped = asyncio.Event()
+    told: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, lambda n: (told.append(n), stopped.set()), number)
+        asyncio.get_running_loop().add_signal_handler(number, told.put_nowait, number)
     async with working(client, args.trainings):
         say(f"working for {client.service_client.config.target_host}, namespace {client.namespace}")
-        await stopped.wait()
+        number = await told.get()
         say("ending, once trainings have saved")
-    if told[0] == signal.SIGINT:
+    if number == signal.SIGINT:
         raise KeyboardInterrupt
 
 

@@ -1,6 +1,7 @@
 """What is shown of a loop: a point a round in TensorBoard, Prometheus' metrics, a page in the store, W&B."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ def measure(asked: Report, loop: str) -> None:
     """On the port of the worker that does it, beside Temporal's own."""
     found, meter = asked.round, activity.metric_meter().with_additional_attributes({"loop": loop})
 
-    def gauge(name: str, value: float, what: str, unit: str | None = None, **labels: str) -> None:
-        meter.create_gauge_float(f"{PREFIX}_{name}", what, unit).set(value, labels)
+    def gauge(name: str, value: float, what: str, **labels: str) -> None:
+        meter.create_gauge_float(f"{PREFIX}_{name}", what).set(value, labels)
 
     gauge("round", found.number, "the last round")
     gauge("failures", asked.failures, "rounds that failed since the loop began")
@@ -70,17 +71,16 @@ def measure(asked: Report, loop: str) -> None:
         gauge("champion_since_timestamp_seconds", asked.champion.since, "since when it is in use, Unix time")
     for name, seconds in found.seconds.items():
         gauge("step_seconds", seconds, "how long a step of the last round took", step=name)
+    # As ratios: a metric of Temporal's SDK is never negative.
     if evaluation := found.evaluation:
         for rival, gain in evaluation.gains.items():
-            for bound in ("mean", "low", "high"):
-                labels = {"rival": rival, "bound": bound}
-                gauge(
-                    "gain_percent", getattr(gain, bound), "the last candidate to a rival, negative is better", **labels
-                )
+            for bound, value in asdict(gain).items():
+                what = "the last candidate's cost over a rival's"
+                gauge("cost_ratio", 1 + value / 100, what, rival=rival, bound=bound)
         if drift := evaluation.drift:
-            for bound in ("mean", "low", "high"):
-                value = getattr(drift.difference, bound)
-                gauge("drift_percent", value, "recorded waits to the simulator's under the champion", bound=bound)
+            for bound, value in asdict(drift.difference).items():
+                what = "mean wait recorded under the champion over the simulator's"
+                gauge("drift_ratio", 1 + value / 100, what, bound=bound)
 
 
 def write_page(asked: Report, loop: str, folder: Path) -> None:
