@@ -336,7 +336,8 @@ def prepare(args: Args) -> None:
     args.num_iterations = args.iterations
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
+    """Train. Returns the exit code."""
     if args.resume is None:
         prepare(args)
     with Run(args, "dqn") as run:
@@ -362,7 +363,7 @@ def main(args: Args) -> None:
             losses = dict(zip(("td_loss", "q_values"), (sums / count).tolist(), strict=True)) if count else {}
             average.update_parameters(agent)
             run.log(losses, optimizer.param_groups[0]["lr"], episodes)
-        run.end()
+        return run.end()
 
 
 if __name__ == "__main__":

@@ -312,7 +312,8 @@ def prepare(args: Args) -> None:
     args.minibatch_size = args.batch_size // args.num_minibatches
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
+    """Train. Returns the exit code."""
     if args.resume is None:
         prepare(args)
     with Run(args, "ppo") as run:
@@ -329,7 +330,7 @@ def main(args: Args) -> None:
             losses = update(agent, optimizer, batch, advantages, run.layout, args)
             average.update_parameters(agent)
             run.log(losses, optimizer.param_groups[0]["lr"], episodes)
-        run.end()
+        return run.end()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +48,7 @@ ID = "ResourceRL/Scheduler-v0"
 RULES = ("easy-fifo", "easy-sjf", "easy-wfp3+sjf")
 ENVIRONMENTS, BATCHES = (1, 16, 256, 4096), (1, 64, 4096)
 WINDOWS, NODES, JOBS = (16, 64, 256, 1024), (1, 4, 16, 64, 256), (256, 1024, 4096, 16_384, 65_536)
-EPISODE = {"warmup_jobs": 256, "num_jobs": 512, "followup_jobs": 256}
+EPISODE: dict[str, Any] = {"warmup_jobs": 256, "num_jobs": 512, "followup_jobs": 256}
 FEW = 10_000  # jobs: of what is copied for every environment by those that hold single ones
 
 
@@ -124,7 +125,7 @@ def simulator(args: Speed, workload: Workload) -> dict[str, Any]:
     def decisions(rule: str) -> int:
         return sum(schedule.decisions for schedule in simulate(workload, rule))
 
-    rules = {rule: per_second(args, lambda rule=rule: decisions(rule), decisions(rule)) for rule in RULES}
+    rules = {rule: per_second(args, partial(decisions, rule), decisions(rule)) for rule in RULES}
     slowest = min(rules, key=lambda rule: rules[rule])
     with ThreadPoolExecutor(2) as pool:  # the kernels release the GIL: two replays side by side
         both = per_second(args, lambda: list(pool.map(decisions, (slowest, slowest))), 2 * decisions(slowest))
@@ -163,7 +164,7 @@ def environments(args: Speed, workload: Workload, few: Workload) -> dict[str, An
         return steps_per_second(args, envs, envs.layout)
 
     counts = {str(count): native(count, "cost") for count in ENVIRONMENTS}
-    sync = gym.make_vec(ID, num_envs=16, vectorization_mode="sync", workload=few, reward="cost", **EPISODE)
+    sync: Any = gym.make_vec(ID, num_envs=16, vectorization_mode="sync", workload=few, reward="cost", **EPISODE)
     return {
         "vector_env_steps_per_second": counts[str(ENVIRONMENTS[-2])],
         "vector_env_steps_per_second_by_environments": counts,
@@ -286,7 +287,7 @@ def ppo(args: Speed) -> dict[str, Any]:
         run.export(run.exported, "last.onnx", None)
         policy = load_policy(str(run.folder / "last.onnx"))
         observations = np.resize(run.envs.observations, (max(BATCHES), run.layout.size))
-        calls = {str(size): per_second(args, lambda size=size: policy.predict(observations[:size])) for size in BATCHES}
+        calls = {str(size): per_second(args, partial(policy.predict, observations[:size])) for size in BATCHES}
         results.update(policy_calls_per_second=calls)
 
     with patch.object(ppo_scheduler, "update", counted):
@@ -323,7 +324,7 @@ def stable_baselines3(args: Speed, few: Workload) -> dict[str, Any]:
             "MlpPolicy", envs, n_steps=args.num_steps, batch_size=batch // usual.num_minibatches,
             n_epochs=usual.update_epochs, gamma=usual.gamma, device="cuda" if args.cuda else "cpu",
         )  # fmt: skip
-        seconds = []
+        seconds: list[float] = []
         with timed(model, "learn", seconds):
             for _ in range(args.repetitions):  # without burn-in: nothing is left to be compiled
                 model.learn(batch, reset_num_timesteps=False)

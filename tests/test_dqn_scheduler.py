@@ -1,23 +1,17 @@
-"""DQN: its parts against brute force, and the script as a user runs it. What it shares with PPO is tested there."""
+"""DQN: its parts against brute force. What it shares with PPO is tested in training/."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_ppo_scheduler import ROOT, run_folder, scalars
+from learners import logged, train
 
+import dqn_scheduler
 from dqn_scheduler import (
-    NEVER,
-    RULE_CHOICE,
-    RULE_NODE,
     Agent,
     Args,
     Replay,
@@ -29,33 +23,12 @@ from dqn_scheduler import (
     preferring,
     targets,
     update,
-    updates_due,
+    updates_by,
 )
-from policies import load_policy
+from policies import JOB_CHOICE, NODE_CHOICE
 from scheduler_env import SchedulerVectorEnv
 from simulator.observation import Layout, Observation
-from simulator.replay import simulate
-from workloads.load import load_workload
-
-SMALL = ("--workload", str(ROOT / "tests/data/small.swf"), "--objective", "wait", "--reference", "easy-sjf")
-SMALL += ("--num-envs", "8", "--num-steps", "32", "--num-evaluations", "2", "--gamma", "0.9", "--n-step", "3")
-SMALL += ("--batch-size", "64", "--updates-per-decision", "0.05", "--buffer-steps", "100", "--learning-starts", "10")
-SMALL += ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--episodes-in-a-row", "2")
-SMALL += ("--total-timesteps", "4096")
-
-
-def script(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "dqn_scheduler.py"), *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    result = script(folder, *SMALL)
-    assert result.returncode == 0, result.stderr
-    assert "easy-sjf" in result.stdout and "fifo" in result.stdout  # the closing table
-    return run_folder(folder)
+from training.export import NEVER
 
 
 def test_n_step_returns_stop_at_the_end_of_an_episode() -> None:
@@ -176,7 +149,7 @@ def test_an_update_is_a_gradient_step_on_the_huber_loss(gamma: float, size: int)
 def test_the_references_choice_is_left_for_what_is_worth_more_than_the_margin() -> None:
     layout = Layout(2, 1, 1)
     jobs, nodes, cluster, _ = layout.split(torch.zeros(1, layout.size))
-    jobs[0, 1, RULE_CHOICE] = nodes[0, 0, RULE_NODE] = 1
+    jobs[0, 1, JOB_CHOICE] = nodes[0, 0, NODE_CHOICE] = 1
     values = torch.tensor([[0.04, 0.0, -1.0]])
     assert preferring(values, jobs, nodes, cluster, 0.05).argmax() == 1
     assert preferring(values, jobs, nodes, cluster, 0.03).argmax() == 0
@@ -192,112 +165,56 @@ def test_the_target_network_moves_by_tau() -> None:
 
 @pytest.mark.parametrize(("num_envs", "ratio"), [(1, 0.25), (7, 0.1), (128, 1 / 1024), (64, 0.5)])
 def test_the_ratio_of_updates_to_decisions_does_not_depend_on_the_number_of_clusters(num_envs, ratio) -> None:
-    args = Args(num_envs=num_envs, updates_per_decision=ratio)
-    total = sum(updates_due(count, args) for count in range(1, 1001))
-    assert total == int(1000 * num_envs * ratio)
+    args = Args(num_envs=num_envs, updates_per_decision=ratio, learning_starts=20, n_step=3)
+    done = [updates_by(count, args) for count in range(1021)]
+    assert not any(done[:21]) and np.diff(done).min() >= 0
+    assert done[1020] == pytest.approx(1000 * num_envs * ratio, abs=1)
+    assert updates_by(20, Args(num_envs=num_envs, updates_per_decision=ratio, learning_starts=0, n_step=20)) == 0
 
 
-def test_the_mask_is_never_violated() -> None:
-    """In 10^5 decisions of an untrained agent, half of them exploring."""
+@pytest.mark.parametrize("steps", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_the_mask_is_never_violated(steps: int) -> None:
+    """In up to 10^5 decisions of an untrained agent, half of them exploring."""
     torch.manual_seed(0)
     envs = SchedulerVectorEnv(
         256, "cloud", num_jobs=64, warmup_jobs=16, followup_jobs=16, reward="cost", queue_window=8
     )
     envs.reset(seed=0)
     agent, replay = Agent(envs.layout.resources), Replay(100, 256, envs.layout.size, torch.device("cpu"))
-    for step in range(400):
+    for step in range(steps):
         collect(agent, envs, replay, torch.full((256,), 0.5), Args())
         mask = envs.split(replay.obs[step % 100]).mask
         assert mask.gather(1, replay.actions[step % 100][:, None]).min() == 1
 
 
-def test_run_writes_what_it_says(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} >= {"args.json", "checkpoint.pt", "policy.onnx"}
-    for tag in ("charts/SPS", "charts/episodic_return", "charts/wait", "losses/td_loss", "losses/q_values"):
-        assert scalars(finished, tag), tag
-    assert set(scalars(finished, "eval/cost")) == {0, 2048, 4096}
-    workload = load_workload(str(ROOT / "tests/data/small.swf"), "test")
-    (schedule,) = load_policy(str(finished / "policy.onnx")).schedule(workload)
-    (fifo,) = simulate(workload, "fifo")
-    assert schedule.wait.mean() < 0.75 * fifo.wait.mean()
-
-
-def test_exported_policy_equals_the_agent() -> None:
-    torch.manual_seed(0)
-    envs = SchedulerVectorEnv(8, "cloud", num_jobs=64, warmup_jobs=64, followup_jobs=16, queue_window=32)
-    parts = envs.split(torch.from_numpy(envs.reset(seed=1)[0]))
-    agent = Agent(envs.layout.resources)
-    torch.testing.assert_close(agent.logits(*parts), agent(*parts), rtol=1e-4, atol=1e-5)
-
-
-def test_resumed_run_equals_an_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "dqn_scheduler.py"), *SMALL]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and not list(tmp_path.glob("runs/*/checkpoint.pt")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    run = run_folder(tmp_path)
-    state = torch.load(run / "checkpoint.pt", weights_only=False)
-    assert state["iteration"] < 16, "the run ended before it was interrupted"
-    result = script(tmp_path, "--resume", str(run))
-    assert result.returncode == 0, result.stderr
-    for tag in ("losses/td_loss", "losses/q_values", "charts/episodic_return", "eval/cost"):
-        assert scalars(run, tag) == scalars(finished, tag), tag
-    resumed, whole = (torch.load(r / "checkpoint.pt", weights_only=False)["average"] for r in (run, finished))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--n-step", "200"), "n_step is 200; use less than buffer_steps"),
-        (("--n-step", "0"), "n_step is 0; use 1 or more"),
-        (("--batch-size", "0"), "batch_size is 0; use 1 or more"),
-        (("--backfill", "none"), "reference easy-sjf backfills"),
-    ],
-)
-def test_bad_input_ends_with_one_line(tmp_path: Path, flags: tuple[str, str], message: str) -> None:
-    result = script(tmp_path, *SMALL, *flags)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
-
-
 def test_a_run_updates_from_learning_starts_on_and_moves_its_target(tmp_path: Path) -> None:
-    for starts, updates in (("1000", 0), ("8", 1)):
+    for starts, updates in (("1000", False), ("8", True)):
         folder = tmp_path / starts
         folder.mkdir()
-        assert script(folder, *SMALL, "--learning-starts", starts, "--tau", "1.0").returncode == 0
-        state = torch.load(run_folder(folder) / "checkpoint.pt", weights_only=False)
-        assert (state["updates"] > 0) == updates
+        run = train(dqn_scheduler, folder, "--learning-starts", starts, "--tau", "1.0")
+        assert ("losses/td_loss" in logged(run)) == updates
+        state = torch.load(run / "checkpoint.pt", weights_only=False)
+        assert state["replay"]["count"] == 256 and len(state["replay"]["obs"]) == 100
         assert all(torch.equal(state["target"][name], state["model"][name]) for name in state["model"])
         moved = [not torch.equal(state["average"][f"module.{name}"], state["model"][name]) for name in state["model"]]
         assert any(moved) == updates
 
 
+def test_the_target_moves_after_every_so_many_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over the ends of iterations: of 12 to 13 updates in each of them, every fifth."""
+    happened: list[str] = []
+    for name in ("update", "move_target"):
+        usual = getattr(dqn_scheduler, name)
+        change = lambda *others, name=name, usual=usual: (happened.append(name), usual(*others))[1]  # noqa: E731
+        monkeypatch.setattr(dqn_scheduler, name, change)
+    train(dqn_scheduler, tmp_path, "--target-frequency", "5", "--total-timesteps", "1024")
+    assert happened.count("update") > 40
+    for place in range(0, len(happened) - 5, 6):
+        assert happened[place : place + 6] == ["update"] * 5 + ["move_target"]
+
+
 def test_a_loss_is_logged_where_there_was_an_update(tmp_path: Path) -> None:
-    result = script(tmp_path, *SMALL, "--num-envs", "1", "--updates-per-decision", "0.0157", "--total-timesteps", "256")
-    assert result.returncode == 0, result.stderr
-    run = run_folder(tmp_path)
-    losses, returns = scalars(run, "losses/td_loss"), scalars(run, "charts/SPS")
-    assert len(returns) == 8 and 2 <= len(losses) <= 4 and min(losses.values()) > 0
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
-def test_after_a_minute_of_training_the_network_itself_is_a_quarter_below_fifo(algorithm: str, tmp_path: Path) -> None:
-    """It starts as FIFO without backfilling. The network's own replays of the validation split count, not those of a
-    rule that it stands for."""
-    flags = ("--workload", "hpc", "--objective", "wait", "--reference", "fifo", "--total-timesteps", "80_000")
-    flags += ("--num-envs", "64", "--num-steps", "64", "--num-evaluations", "4", "--validation-jobs", "12_000")
-    flags += ("--num-jobs", "128", "--warmup-jobs", "64", "--followup-jobs", "64", "--queue-window", "16")
-    flags += ("--ema-decay", "0.8")
-    if algorithm == "dqn":
-        flags += ("--margin", "0", "--updates-per-decision", "0.002")
-    command = [sys.executable, str(ROOT / f"{algorithm}_scheduler.py"), *flags]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    run = run_folder(tmp_path)
-    fifo = next(line for line in result.stdout.splitlines() if line.startswith("│ fifo ")).split("│")[2]
-    assert min(scalars(run, "eval/cost").values()) < 0.75 * float(fifo.replace(",", ""))
+    flags = ("--num-envs", "1", "--updates-per-decision", "0.0157", "--total-timesteps", "256")
+    found = logged(train(dqn_scheduler, tmp_path, *flags))
+    losses, rates = found["losses/td_loss"], found["charts/learning_rate"]
+    assert len(rates) == 8 and 2 <= len(losses) <= 4 and min(losses.values()) > 0

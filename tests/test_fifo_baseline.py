@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fifo_baseline
+import training.folder
 from simulator.replay import simulate
 from workloads.load import load_workload
 
@@ -84,6 +86,15 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["empty.swf"]
 
 
+def test_two_in_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.folder, "time", SimpleNamespace(time=lambda: 1_700_000_000.5))
+    for _ in range(2):
+        baseline(monkeypatch, "--workload", str(SMALL))
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["small__fifo_baseline__1__1700000000", "small__fifo_baseline__1__1700000001"]
+
+
+@pytest.mark.slow
 def test_tracking_with_no_way_to_log_in_is_one_line(tmp_path: Path) -> None:
     alone = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_A")}
     command = [sys.executable, fifo_baseline.__file__, "--workload", str(SMALL), "--track"]
@@ -92,6 +103,7 @@ def test_tracking_with_no_way_to_log_in_is_one_line(tmp_path: Path) -> None:
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert last.startswith("fifo_baseline.py: --track: ") and last.endswith("or set WANDB_MODE=offline")
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_skipped_jobs_are_counted(

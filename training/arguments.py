@@ -30,6 +30,10 @@ class RunArgs:
     """the entity (team) of wandb's project"""
     resume: str | None = None
     """a run's folder: go on with it, under the flags that it was started with"""
+    run_name: str | None = None
+    """the run's folder is runs/RUN_NAME, instead of one whose name ends with the time"""
+    checkpoint_seconds: float = 30.0
+    """a checkpoint is written after the first iteration and then every so many seconds: what a kill may cost"""
 
     workload: str = "cloud"
     """cloud, hpc, manufacturing, datacenter, tasks, or the path of a trace (.swf, .swf.gz, .jsonl)"""
@@ -104,7 +108,8 @@ def check(args: RunArgs, **least: int) -> None:
     Raises:
         ValueError: a flag is out of its range.
     """
-    for name, value in {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, **least}.items():
+    ranges = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "checkpoint_seconds": 0}
+    for name, value in {**ranges, **least}.items():
         if not getattr(args, name) >= value:  # nor is NaN
             raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
     if args.queue_window > 10_000:
@@ -139,14 +144,15 @@ def command_line(kind: type[A]) -> A:
     return run
 
 
-def run_command(main: Callable[[A], None], kind: type[A], memory: str) -> None:
+def run_command(main: Callable[[A], int], kind: type[A], memory: str) -> None:
     """Call `main` with the flags of the command line. What the user can mend ends it with one line and exit code 2.
 
     Args:
+        main: returns the exit code.
         memory: the flags that take less memory where they are lower.
     """
     try:
-        main(command_line(kind))
+        code = main(command_line(kind))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -158,3 +164,5 @@ def run_command(main: Callable[[A], None], kind: type[A], memory: str) -> None:
         sys.exit(2)
     except KeyboardInterrupt:  # in training Ctrl-C saves the run and ends it
         sys.exit(130)
+    if code:
+        sys.exit(code)

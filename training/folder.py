@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from itertools import count
 from pathlib import Path
+from typing import IO
 
 from workloads.load import workload_name
 
@@ -19,3 +21,32 @@ def new_folder(workload: str, exp_name: str, seed: int) -> Path:
             continue
         return folder
     raise AssertionError("there is always another second")
+
+
+def free_folder(name: str) -> Path:
+    """runs/NAME, which is still to be made.
+
+    Raises:
+        ValueError: there is one already, or the name is none.
+    """
+    folder = Path("runs") / name
+    if name in ("", ".", "..") or folder.name != name:
+        raise ValueError(f"run_name is {name!r}; give a name without folders")
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; go on with it by --resume {folder}, or give another --run-name")
+    return folder
+
+
+def lock(folder: Path) -> IO[str]:
+    """A file that has to stay open while this process works in the folder. However it ends, the kernel closes it.
+
+    Raises:
+        ValueError: another process works there.
+    """
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder}: another process is at work on this run; wait for its end, or end it") from None
+    return file

@@ -11,6 +11,7 @@ with Run(args, "ppo") as run:
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -39,14 +40,12 @@ from simulator.schedule import Schedule
 from training.arguments import RunArgs
 from training.checkpoint import Stateful, random_state, save, set_random_state
 from training.export import FollowRule, check_export, export_onnx
-from training.folder import new_folder
+from training.folder import free_folder, lock, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
 from training.validation import Validation
 from workloads.files import replacing, write_json
 from workloads.jobs import at_loads
 from workloads.load import load_workload
-
-CHECKPOINT_SECONDS = 30.0  # and no more often: all the environments are in it
 
 
 class Run:
@@ -67,6 +66,11 @@ class Run:
         """
         self.args, self.algorithm = args, algorithm
         self.resumed, self.folder, args.resume = args.resume is not None, Path(args.resume or "runs"), None
+        self.open = ExitStack()  # what has to be put back or closed, whatever ends the run
+        if self.resumed:
+            self.open.enter_context(lock(self.folder))
+        elif args.run_name is not None:
+            self.folder = free_folder(args.run_name)
         self.console = Console(stderr=True)
         self.say = partial(self.console.print, markup=False, soft_wrap=True)  # commands to copy
         self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -84,11 +88,11 @@ class Run:
             recorded_history=True, objective=args.learn_from or args.objective, reward=args.reward,
         )  # fmt: skip
         self.layout = self.envs.layout
-        self.iteration, self.speed, self.stopped = 0, 0, False
+        self.iteration, self.speed, self.signal = 0, 0, 0
         self.worker = ThreadPoolExecutor(1)
         self.proposed: tuple[int, Future[list[Schedule]]] | None = None  # the iteration, and its replay
         self.judged = -1  # the iteration that was judged last
-        self.open = ExitStack()  # what has to be put back or closed, whatever ends the run
+        self.saved: int | None = None  # the number of decisions before the last checkpoint
 
     def __enter__(self) -> Self:
         return self
@@ -114,12 +118,16 @@ class Run:
         if not self.resumed:
             self.envs.reset(seed=args.seed)
             check_export(model, self.layout.split(torch.from_numpy(self.envs.observations).to(self.device)))
-            self.folder = new_folder(args.workload, args.exp_name, args.seed)
+            if args.run_name is None:
+                self.folder = new_folder(args.workload, args.exp_name, args.seed)
+            else:
+                self.folder.mkdir(parents=True)
         if args.track:
             start_wandb(self.folder, asdict(args), sync_tensorboard=True, id=self.folder.name, resume="allow")
         if self.resumed:
             self.restore()
         else:
+            self.open.enter_context(lock(self.folder))
             # Until a policy is better than every rule on validation, the file stands for the best of them.
             self.export(FollowRule(), "policy.onnx", self.validation.stands_for)
             write_json(self.folder / "args.json", asdict(args))
@@ -134,41 +142,45 @@ class Run:
         """The numbers of the iterations that are left, until the last is over or somebody stops the run. Between them
         it proposes and judges policies, writes checkpoints, and shows how far it is."""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        validation, total, saved = self.validation, self.args.iterations, 0.0
+        validation, total, saved, told = self.validation, self.args.iterations, -math.inf, -math.inf
         with ExitStack() as training:
             self.open.push(training)  # also where an iteration fails
-            training.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self.interrupt))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                training.callback(signal.signal, number, signal.signal(number, self.interrupt))
             progress = training.enter_context(Progress(*columns, console=self.console))
             bar = progress.add_task("training", total=total, completed=self.iteration)
-            if self.due() and self.judged < self.iteration:  # a checkpoint is written before what is due is proposed
+            if self.due() and not self.proposed and self.judged < self.iteration:
                 self.propose()
             self.began, self.first = time.time(), self.iteration
-            while self.iteration < total and not self.stopped:
+            while self.iteration < total and not self.signal:
                 yield self.iteration
                 self.iteration += 1
                 if self.proposed and (self.due() or self.proposed[1].done()):
                     log_validation(self.writer, validation, *self.judge_proposed())
-                    if time.time() - saved > CHECKPOINT_SECONDS:
-                        self.checkpoint()
-                        saved = time.time()
                 if self.due():
                     self.propose()
-                best = validation.best_cost / validation.rules[validation.best_rule].cost - 1
-                said = f"{self.speed:,} decisions/s, best so far {best:+.1%} to {validation.best_rule}"
+                if time.monotonic() - saved >= self.args.checkpoint_seconds:
+                    self.checkpoint()
+                    saved = time.monotonic()
+                if time.monotonic() - told >= 1.0:
+                    self.write_progress()
+                    told = time.monotonic()
+                said = f"{self.speed:,} decisions/s, best so far {validation.best:+.1%} to {validation.best_rule}"
                 progress.update(bar, advance=1, description=said)
             if self.proposed:
                 log_validation(self.writer, validation, *self.judge_proposed())
             self.checkpoint()
+            self.write_progress()
 
     def due(self) -> bool:
         """A validation: before the first iteration, after the last, and evenly in between."""
         evaluations = max(1, self.args.num_evaluations)
         return self.iteration * evaluations % self.args.iterations < evaluations
 
-    def interrupt(self, *_: object) -> None:
-        if self.stopped:
-            os._exit(130)  # sys.exit would wait for the validation
-        self.stopped = True
+    def interrupt(self, number: int, _: object) -> None:
+        if self.signal:
+            os._exit(128 + number)  # sys.exit would wait for the validation
+        self.signal = number
         self.console.print("Stopping, once a validation under way has ended. Ctrl-C again: without saving what is new.")
 
     def log(self, losses: dict[str, float], learning_rate: float, episodes: list[dict[str, Any]]) -> None:
@@ -182,8 +194,11 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, (self.iteration + 1) * self.args.decisions)
 
-    def end(self) -> None:
-        """Close the logs, and print how the policy did and what to do with it."""
+    def end(self) -> int:
+        """Close the logs, and print how the policy did and what to do with it.
+
+        Returns the exit code: 0 or, where a signal ended it early, 128 and its number.
+        """
         args, validation, title = self.args, self.validation, self.algorithm.upper()
         finished = self.iteration == args.iterations
         if finished:
@@ -205,13 +220,17 @@ class Run:
                 f"Compare on the test split: python benchmark.py compare --workload {shlex.quote(args.workload)} "
                 f"--objective {args.objective} --policies {shlex.join(policies)}"
             )
+        return 0 if finished else 128 + self.signal
 
     def propose(self) -> None:
         """Export the network, and begin to replay it on the validation split while training goes on."""
         self.export(self.exported, "candidate.onnx", None)
+        self.replay_candidate(self.iteration)
+
+    def replay_candidate(self, iteration: int) -> None:
         policy = OnnxPolicy(self.folder / "candidate.onnx")
         replay = self.worker.submit(policy.schedule, self.validation.workload, self.validation.segments)
-        self.proposed = self.iteration, replay
+        self.proposed = iteration, replay
 
     def judge_proposed(self) -> tuple[dict[str, float], Schedule, int]:
         """Wait until the replay is over; the best policy so far is policy.onnx.
@@ -239,6 +258,18 @@ class Run:
         }  # fmt: skip
         export_onnx(network, self.folder / file, self.layout, metadata)
 
+    def write_progress(self) -> None:
+        """progress.json, for programs that watch the run: decisions so far and in all, the best policy so far relative
+        to the best rule, decisions a second, and how many decisions are safe in the last checkpoint."""
+        progress = {
+            "step": self.iteration * self.args.decisions,
+            "total": self.args.iterations * self.args.decisions,
+            "best": self.validation.best,
+            "decisions_per_second": self.speed,
+            "checkpoint": self.saved,
+        }
+        write_json(self.folder / "progress.json", progress)
+
     def checkpoint(self) -> None:
         """Raises OSError: there is no room for it; the last one is still there."""
         state = {
@@ -248,10 +279,12 @@ class Run:
             "best_cost": self.validation.best_cost,
             "stands_for": self.validation.stands_for,
             "policy": (self.folder / "policy.onnx").read_bytes(),
+            "proposed": self.proposed and (self.proposed[0], (self.folder / "candidate.onnx").read_bytes()),
             "environments": self.envs.state_dict(),
             **random_state(),
         }
         save(self.folder / "checkpoint.pt", state)
+        self.saved = self.iteration * self.args.decisions
 
     def restore(self) -> None:
         """Raises ValueError: the checkpoint is damaged or from another version."""
@@ -266,6 +299,11 @@ class Run:
                 temporary.write_bytes(state["policy"])
             self.envs.load_state_dict(state["environments"])
             set_random_state(state, self.device)
+            if proposed := state.get("proposed"):  # under way when it was written; older checkpoints have none
+                iteration, candidate = proposed
+                (self.folder / "candidate.onnx").write_bytes(candidate)
+                self.replay_candidate(iteration)
+            self.saved = self.iteration * self.args.decisions
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise ValueError(
                 f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"

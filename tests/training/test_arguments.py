@@ -1,0 +1,88 @@
+"""What is wrong with the flags is said in one line, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from learners import SMALL, command, script
+
+import dqn_scheduler
+import ppo_scheduler
+
+OF_ALL = [
+    (("--resume", "nowhere"), ("args.json", "folder of a run")),
+    (("--max-tail", "nan"), ("max_tail is nan",)),
+    (("--max-tail", "0.5"), ("max_tail is 0.5",)),
+    (("--checkpoint-seconds", "-1"), ("checkpoint_seconds is -1.0; use 0",)),
+    (("--queue-window", "20000"), ("queue_window is 20000",)),
+    (("--queue-window", "0"), ("queue_window", "at least 1")),
+    (("--workload", "nowhere.swf"), ("nowhere.swf", "presets")),
+    (("--reference", "alphabetical"), ("alphabetical", "easy-")),
+    (("--num-jobs", "100000"), ("lower num_jobs",)),
+    (("--num-envs", "0"), ("num_envs is 0",)),
+    (("--seed", "-1"), ("seed is -1; use 0",)),
+    (("--backfill", "none", "--reference", "easy-saf"), ("easy-saf backfills", "without easy-")),
+    (("--backfill", "none", "--reference", "tuned"), ("tuned backfills", "without easy-")),
+    (("--validation-loads",), ("no load is given",)),
+    (("--num-iterations", "3"), ("num_iterations is computed",)),
+    (("--run-name", "a/b"), ("run_name is 'a/b'; give a name without folders",)),
+    (("--run-name", ".."), ("run_name is '..'; give a name without folders",)),
+]
+OF_PPO = [
+    (("--batch-size", "64"), ("batch_size is computed",)),
+    (("--num-minibatches", "1000"), ("num_minibatches", "divisor")),
+    (("--num-minibatches", "3"), ("num_minibatches", "divisor")),
+    (("--update-epochs", "0"), ("update_epochs is 0; use 1",)),
+    (("--num-envs", "1", "--num-steps", "1"), ("num_envs * num_steps is 1",)),
+]
+OF_DQN = [
+    (("--n-step", "200"), ("n_step is 200; use less than buffer_steps",)),
+    (("--n-step", "0"), ("n_step is 0; use 1 or more",)),
+    (("--batch-size", "0"), ("batch_size is 0; use 1 or more",)),
+    (("--huber-delta", "0"), ("huber_delta is 0.0; use more than 0",)),
+]
+CASES = [(algorithm, *case) for algorithm in (ppo_scheduler, dqn_scheduler) for case in OF_ALL]
+CASES += [(ppo_scheduler, *case) for case in OF_PPO] + [(dqn_scheduler, *case) for case in OF_DQN]
+
+
+@pytest.mark.parametrize(("algorithm", "flags", "words"), CASES)
+def test_bad_input_ends_with_one_line(
+    tmp_path: Path, algorithm: ModuleType, flags: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    result = command(algorithm, tmp_path, *SMALL[algorithm], *flags)
+    assert result.code == 2, result.err
+    assert result.last.startswith("error: ") and all(word in result.last for word in words), result.last
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_goes_on_with_its_own_flags_only(finished: Path, tmp_path: Path, algorithm: ModuleType) -> None:
+    for steps in ("4096", "1500000"):  # also where it is the default
+        result = command(algorithm, tmp_path, "--resume", str(finished), "--total-timesteps", steps)
+        assert result.code == 2 and "--resume" in result.last and "leave out total_timesteps" in result.last
+    stored = json.loads((finished / "args.json").read_text())
+    assert stored["num_iterations"] == 8 and stored["resume"] is None
+    assert stored["reference"].startswith("easy-sjf@")  # what was chosen
+    assert list(stored) == list(asdict(algorithm.Args()))
+
+
+@pytest.mark.slow
+def test_the_script_says_it_in_one_line_and_ends_with_2(tmp_path: Path, algorithm: ModuleType) -> None:
+    result = script(algorithm, tmp_path, "--workload", "nowhere.swf")
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: nowhere.swf: no such file or preset")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script_name", "flag"), [("ppo", "num-steps"), ("dqn", "buffer-steps")])
+def test_too_little_memory_ends_with_one_line(tmp_path: Path, script_name: str, flag: str) -> None:
+    """More than any address space has, where rewards and observations of that many decisions are to be kept."""
+    algorithm = {"ppo": ppo_scheduler, "dqn": dqn_scheduler}[script_name]
+    result = script(algorithm, tmp_path, *SMALL[algorithm], f"--{flag}", str(10**11))
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("error: out of memory (") and flag.replace("-", "_") in last
+    assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()

@@ -1,0 +1,267 @@
+"""A run that was interrupted, however, goes on as if it had never been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learners import SMALL, begun, command, logged, run_folder, scalars, script, train
+from places import ROOT
+
+import training.run
+from policies import OnnxPolicy
+from training.run import Run
+
+Change = pytest.MonkeyPatch
+
+
+def checkpoint_of(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoint.pt", weights_only=False)
+
+
+def in_iteration(monkeypatch: Change, number: int, happens: Callable[[Run], object]) -> None:
+    """This happens while that iteration (from 1 on) is under way."""
+    usual = Run.log
+
+    def log(run: Run, *others: Any) -> None:
+        usual(run, *others)
+        if run.iteration + 1 == number:
+            happens(run)
+
+    monkeypatch.setattr(Run, "log", log)
+
+
+def assert_equal(run: Path, finished: Path) -> None:
+    """To the last bit: all that was logged, and the networks."""
+    assert logged(run) == logged(finished)
+    ours, theirs = checkpoint_of(run), checkpoint_of(finished)
+    for part in ("model", "average"):
+        assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
+    assert ours["policy"] == theirs["policy"] and ours["iteration"] == theirs["iteration"] == 8
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_is_saved_and_equals_an_uninterrupted_one(
+    finished: Path, tmp_path: Path, algorithm: ModuleType, number: signal.Signals, code: int
+) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as change:
+        in_iteration(change, 3, lambda _: signal.raise_signal(number))
+        stopped = command(algorithm, tmp_path, *SMALL[algorithm])
+    run = run_folder(tmp_path)
+    assert stopped.code == code and "Stopping" in stopped.err and "easy-sjf" in stopped.out
+    assert stopped.err.endswith(f"Go on with: python {algorithm.__name__}.py --resume runs/{run.name}\n")
+    assert checkpoint_of(run)["iteration"] == 3
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    result = command(algorithm, tmp_path, "--resume", str(run), "--objective", "wait")  # which is the run's own
+    assert result.code == 0, result.err
+    assert_equal(run, finished)
+
+
+class Killed(BaseException):
+    """What no handler catches, as kill -9."""
+
+
+def die(run: Run) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("number", [2, 5, 8])
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
+    finished: Path, tmp_path: Path, algorithm: ModuleType, number: int
+) -> None:
+    with pytest.MonkeyPatch.context() as change:
+        in_iteration(change, number, die)
+        with pytest.raises(Killed):
+            command(algorithm, tmp_path, *SMALL[algorithm], "--checkpoint-seconds", "0")
+    run = run_folder(tmp_path)
+    assert checkpoint_of(run)["iteration"] == number - 1
+    result = command(algorithm, tmp_path, "--resume", str(run))
+    assert result.code == 0, result.err
+    assert_equal(run, finished)
+
+
+def test_a_validation_under_way_is_not_lost(
+    finished: Path, tmp_path: Path, algorithm: ModuleType, monkeypatch: Change
+) -> None:
+    """That of what was there after the fourth iteration, whose network is another one by the fifth."""
+    go_on, usual = threading.Event(), OnnxPolicy.schedule
+
+    def schedule(policy: OnnxPolicy, *others: Any) -> Any:
+        if policy.metadata.steps == 1024:
+            go_on.wait()
+        return usual(policy, *others)
+
+    with monkeypatch.context() as change:
+        change.setattr(OnnxPolicy, "schedule", schedule)
+        in_iteration(change, 6, die)
+        with pytest.raises(Killed):
+            command(algorithm, tmp_path, *SMALL[algorithm], "--checkpoint-seconds", "0")
+        go_on.set()
+    run = run_folder(tmp_path)
+    state = checkpoint_of(run)
+    assert state["iteration"] == 5 and state["judged"] == 0 and state["proposed"][0] == 4
+    (run / "candidate.onnx").unlink()
+    assert command(algorithm, tmp_path, "--resume", str(run)).code == 0
+    assert_equal(run, finished)
+
+
+def test_a_checkpoint_of_a_former_version_is_gone_on_with(
+    finished: Path, tmp_path: Path, algorithm: ModuleType
+) -> None:
+    """It was written when nothing was under way, before what was due was proposed; DQN's counted its updates."""
+    with pytest.MonkeyPatch.context() as change:
+        in_iteration(change, 5, die)
+        with pytest.raises(Killed):
+            command(algorithm, tmp_path, *SMALL[algorithm], "--checkpoint-seconds", "0")
+    run = run_folder(tmp_path)
+    state = checkpoint_of(run)
+    del state["proposed"]
+    torch.save(state | {"judged": 0, "updates": 99}, run / "checkpoint.pt")
+    assert command(algorithm, tmp_path, "--resume", str(run)).code == 0
+    assert_equal(run, finished)
+
+
+def test_the_first_checkpoint_is_written_at_once_and_others_as_often_as_asked_for(
+    tmp_path: Path, algorithm: ModuleType, monkeypatch: Change
+) -> None:
+    """On a clock on which an iteration takes ten seconds."""
+    begin, written, told, run_of = Run.begin, [], [], []
+
+    def count(run: Run, *others: Any, **parts: Any) -> None:
+        begin(run, *others, **parts)
+        run_of.append(run)
+        monkeypatch.setattr(run, "checkpoint", lambda save=run.checkpoint: (written.append(run.iteration), save()))
+        monkeypatch.setattr(run, "write_progress", lambda: told.append(run.iteration))
+
+    monkeypatch.setattr(Run, "begin", count)
+    monkeypatch.setattr(
+        training.run, "time", SimpleNamespace(time=time.time, monotonic=lambda: 10.0 * run_of[0].iteration)
+    )
+    train(algorithm, tmp_path)
+    assert written == [1, 4, 7, 8]
+    assert told == [*range(1, 9), 8]
+
+
+def test_two_do_not_work_on_the_same_run(tmp_path: Path, algorithm: ModuleType) -> None:
+    def another(run: Run) -> None:
+        second = command(algorithm, tmp_path, "--resume", str(run.folder))
+        assert second.code == 2 and second.last == f"error: {run.folder}: another process is at work on this run; " + (
+            "wait for its end, or end it"
+        )
+        seen.append(run.folder)
+
+    seen: list[Path] = []
+    with pytest.MonkeyPatch.context() as change:
+        in_iteration(change, 2, another)
+        train(algorithm, tmp_path)
+    assert len(seen) == 1
+    assert command(algorithm, tmp_path, "--resume", str(seen[0])).code == 0  # which has nothing left to do
+
+
+def test_a_checkpoint_takes_its_policy_with_it(tmp_path: Path, algorithm: ModuleType) -> None:
+    run = begun(algorithm, tmp_path)
+    policy = (run.folder / "policy.onnx").read_bytes()
+    run.checkpoint()
+    (run.folder / "policy.onnx").write_bytes(b"a later one, after which the run was killed")
+    run.restore()
+    assert (run.folder / "policy.onnx").read_bytes() == policy
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(finished: Path, tmp_path: Path, algorithm: ModuleType) -> None:
+    (tmp_path / "args.json").write_bytes((finished / "args.json").read_bytes())
+    whole = (finished / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    result = command(algorithm, tmp_path, "--resume", str(tmp_path))
+    assert result.code == 2 and "checkpoint.pt" in result.last and result.last.endswith("start a new run")
+    assert "Traceback" not in result.err
+
+
+def test_a_checkpoint_of_another_network_is_refused(finished: Path, tmp_path: Path, algorithm: ModuleType) -> None:
+    (tmp_path / "args.json").write_bytes((finished / "args.json").read_bytes())
+    state = checkpoint_of(finished)
+    state["model"].pop("rule_bonus")
+    torch.save(state, tmp_path / "checkpoint.pt")
+    result = command(algorithm, tmp_path, "--resume", str(tmp_path))
+    assert result.code == 2 and result.last.endswith("can be resumed (RuntimeError); start a new run")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, algorithm: ModuleType) -> None:
+    """The disk is full (what it is written to before it takes the old one's place is /dev/full)."""
+    run = begun(algorithm, tmp_path, "--num-envs", "2", "--num-steps", "2")
+    run.checkpoint()
+    before = (run.folder / "checkpoint.pt").read_bytes()
+    (run.folder / f".checkpoint.pt.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"checkpoint.pt cannot be written; make room"):
+        run.checkpoint()
+    assert (run.folder / "checkpoint.pt").read_bytes() == before
+    assert [path.name for path in run.folder.iterdir() if path.name.startswith(".")] == []
+
+
+# ------------------------------------------------------------------------------------------- processes that are killed
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_process_that_gets_a_signal_leaves_what_can_be_resumed(
+    finished: Path, tmp_path: Path, algorithm: ModuleType, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, str(ROOT / f"{algorithm.__name__}.py"), *SMALL[algorithm], "--run-name", "mine"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    run = tmp_path / "runs" / "mine"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (run / "checkpoint.pt").exists():
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert checkpoint_of(run)["iteration"] < 8, "the run ended before it was interrupted"
+    result = script(algorithm, tmp_path, "--resume", str(run))
+    assert result.returncode == 0, result.stderr
+    assert_equal(run, finished)
+    again = script(algorithm, tmp_path, *SMALL[algorithm], "--run-name", "mine")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: runs/mine is there already; go on with it by --resume runs/mine, or give")
+
+
+@pytest.mark.slow
+def test_kill_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """kill -9 at many instants of a loop that does nothing but write checkpoints."""
+    code = (
+        "import torch, sys; from pathlib import Path; from training.checkpoint import save\n"
+        "k = 0\n"
+        "while True:\n"
+        "    k += 1\n"
+        "    save(Path(sys.argv[1]), {'k': k, 'x': torch.full((100_000,), k)})\n"
+        "    print(k, flush=True)\n"
+    )
+    path = tmp_path / "checkpoint.pt"
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        state = torch.load(path)
+        assert (state["x"] == state["k"]).all()
+
+
+def test_the_steps_of_a_resumed_run_are_logged_once(tmp_path: Path, algorithm: ModuleType) -> None:
+    with pytest.MonkeyPatch.context() as change:
+        in_iteration(change, 4, lambda _: signal.raise_signal(signal.SIGINT))
+        command(algorithm, tmp_path, *SMALL[algorithm])
+    run = run_folder(tmp_path)
+    assert set(scalars(run, "charts/SPS")) == {256 * (k + 1) for k in range(4)}
+    command(algorithm, tmp_path, "--resume", str(run))
+    assert list(scalars(run, "charts/SPS")) == [256 * (k + 1) for k in range(8)]

@@ -1,0 +1,55 @@
+"""Two runs never share a folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from places import ROOT
+
+import training.folder
+from training.folder import free_folder, lock, new_folder
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.folder, "time", SimpleNamespace(time=lambda: 1_700_000_000.5))
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: new_folder("a/small.swf.gz", "ppo", 3), range(8)))
+    assert sorted(map(str, folders)) == [f"runs/small__ppo__3__{1_700_000_000 + k}" for k in range(8)]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_name_is_taken_once() -> None:
+    free_folder("a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="runs/a is there already; go on with it by --resume runs/a, or"):
+        free_folder("a")
+    assert free_folder("b") == Path("runs/b")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/"])
+def test_a_name_is_that_of_a_folder_in_runs(name: str) -> None:
+    with pytest.raises(ValueError, match="give a name without folders"):
+        free_folder(name)
+
+
+def test_the_lock_of_a_folder_goes_with_its_process(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from training.folder import lock\n"
+    code += "file = lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process is at work on this run"):
+            lock(tmp_path)
+        process.kill()
+        process.wait()
+        lock(tmp_path).close()
+        lock(tmp_path).close()
