@@ -26,7 +26,7 @@ COMMANDS = {
 }  # each runs in the worker's Python
 BEAT_SECONDS, POLL_SECONDS = 1.0, 0.2
 GRACE_SECONDS = 7.0  # to save and end after Ctrl-C; a stop is promised within ten
-NO_ROOM = ("No space left", "make room")  # exit code 2 too, but it passes
+PASSING = ("No space left", "make room", "another process is at work")  # exit code 2 too, but it passes
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def ended_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
 
 def failure(code: int, line: str) -> ApplicationError:
     """What a command's exit code and last line mean to Temporal."""
-    if code == 2 and not any(text in line for text in NO_ROOM):
+    if code == 2 and not any(text in line for text in PASSING):
         return ApplicationError(line.removeprefix("error: "), type=USER_ERROR, non_retryable=True)
     return ApplicationError(f"exit code {code}: {line}", type="ChildFailed")
 
