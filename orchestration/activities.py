@@ -43,7 +43,7 @@ from orchestration.store import Store, deploy
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 RUNS = Path("runs")
-CHECKPOINT_SECONDS = 10.0  # lost at most if a worker is killed
+CHECKPOINT_SECONDS = 15.0  # lost at most if a worker is killed; one of 512 clusters takes 130 MB
 BEST_RULE = "best_rule.json"
 
 
