@@ -50,9 +50,14 @@ def serve(args: client.Server) -> None:
     os.execv(program[0], program)
 
 
-def main() -> None:
+def command_line(arguments: list[str] | None = None) -> Any:
+    """The flags of the command."""
     flags = {"server": client.Server} | {name: flags for name, (flags, _) in COMMANDS.items()}
-    args = tyro.extras.subcommand_cli_from_dict(flags, description=__doc__)
+    return tyro.extras.subcommand_cli_from_dict(flags, description=__doc__, args=arguments)
+
+
+def main() -> None:
+    args = command_line()
     try:
         if isinstance(args, client.Server):
             serve(args)

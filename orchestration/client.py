@@ -53,6 +53,7 @@ from orchestration.config import (
     check,
 )
 from orchestration.report import gains, when
+from orchestration.store import Store, deploy
 
 LOCAL = Path("runs/temporal-local.db")  # of --local
 ANSWER_SECONDS = timedelta(seconds=20)
@@ -166,14 +167,22 @@ class Configure(Named):
 
 
 @dataclass
-class Promote(Named):
+class ByHand(Named):
+    store: str | None = None
+    """change the champion in this store, where no loop is running that could do it"""
+    deploy_to: str | None = None
+    """with --store: and write it there"""
+
+
+@dataclass
+class Promote(ByHand):
     """Make a round's policy the champion."""
 
     round: Annotated[int, tyro.conf.Positional] = 0
 
 
 @dataclass
-class Rollback(Named):
+class Rollback(ByHand):
     """Back to the champion before."""
 
 
@@ -244,9 +253,9 @@ async def work(args: Worker) -> None:
         asyncio.get_running_loop().add_signal_handler(number, told.put_nowait, number)
     async with working(client, args.trainings):
         say(f"working for {client.service_client.config.target_host}, namespace {client.namespace}")
-        number = await told.get()
+        received = await told.get()
         say("ending, once trainings have saved")
-    if number == signal.SIGINT:
+    if received == signal.SIGINT:
         raise KeyboardInterrupt
 
 
@@ -379,13 +388,26 @@ async def configure(args: Configure) -> None:
 
 
 async def promote(args: Promote) -> None:
-    champion = await update(args, "promote", args.round, Champion)
-    say(f"{args.id}: round {champion.round} is the champion")
+    if args.store:
+        champion = Store(args.store).promote(args.round, "promoted by hand")
+        deploy_if_asked(args, champion)
+    else:
+        champion = await update(args, "promote", args.round, Champion)
+    say(f"{args.store or args.id}: round {champion.round} is the champion")
 
 
 async def rollback(args: Rollback) -> None:
-    champion = await update(args, "rollback", None, Champion)
-    say(f"{args.id}: round {champion.round} is the champion again")
+    if args.store:
+        champion = Store(args.store).rollback("rolled back by hand")
+        deploy_if_asked(args, champion)
+    else:
+        champion = await update(args, "rollback", None, Champion)
+    say(f"{args.store or args.id}: round {champion.round} is the champion again")
+
+
+def deploy_if_asked(args: ByHand, champion: Champion) -> None:
+    if args.store and args.deploy_to:
+        deploy(Store(args.store), champion, Path(args.deploy_to))
 
 
 async def every(args: Every) -> None:

@@ -173,3 +173,22 @@ def test_a_worker_that_is_told_to_end_saves_and_the_next_one_goes_on(start: Any,
     (_, first), *more = (line.split() for line in (run / "pids").read_text().splitlines())
     assert first == "0"
     assert [int(step) > 0 for _, step in more] == [True]  # resumed, once
+
+
+def test_without_a_loop_the_champion_is_changed_in_the_store(site: Site) -> None:
+    deployed, kept = site.folder / "policy.onnx", store(site)
+    for number in (1, 2):
+        kept.keep(number, f"policy of {number}".encode())
+        kept.promote(number, "")
+    flags = ("--store", "runs/store", "--deploy-to", "policy.onnx")
+    assert "round 1 is the champion again" in site.run("rollback", *flags)
+    assert deployed.read_bytes() == b"policy of 1"
+    assert "round 2 is the champion" in site.run("promote", "2", *flags)
+    assert deployed.read_bytes() == b"policy of 2"
+    assert "round 3: no policy" in site.run("promote", "3", *flags, code=2)
+
+
+def test_where_no_temporal_is_the_line_says_what_to_do(site: Site) -> None:
+    said = site.run("status", "--address", "127.0.0.1:1", code=2)
+    assert said.startswith("training_loop.py: 127.0.0.1:1: no Temporal answers (")
+    assert said.endswith("start python training_loop.py server, or give --address\n")
