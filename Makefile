@@ -2,11 +2,12 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 TRAIN ?= --total-timesteps 400000
 
+# Processes that tests run in, one a core.
 WORKERS ?= 2
 # Files are compiled to bytecode when they are imported first: of most packages few ever are.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup setup-dev setup-temporal train loop test test-all lint format docs speed slurm-demo slurm-packages
+.PHONY: setup setup-dev setup-temporal train loop test test-all kernels lint format docs speed slurm-demo slurm-packages
 
 setup: .venv/setup
 setup-dev: .venv/setup-dev
@@ -39,14 +40,20 @@ LOOP ?= --rounds 3 --total-timesteps 200000
 loop: setup setup-temporal
 	$(BIN)/python training_loop.py start --local --interval 0 $(LOOP)
 
-# A worker process for each of two cores; on more of them: make test WORKERS=8.
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-test: setup-dev setup-temporal lint
+# Style, types, the mathematics, the simulator, all file formats, a short run of each command: under 6 minutes.
+test: setup-dev setup-temporal
+	$(MAKE) --no-print-directory --jobs 2 lint kernels
 	$(PYTEST)
 
+# And what takes longer: every line of the docs typed in a shell, W&B's engine, a real Slurm; under 20 minutes together.
 test-all: test
 	$(PYTEST) -m slow
+
+# Compiles them, once, for all processes that come after.
+kernels: setup-dev
+	$(BIN)/python tests/compile_kernels.py
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

@@ -24,14 +24,14 @@ from training.arguments import run_command
 from training.run import Run
 
 WORKLOAD = ("--workload", str(TRACE), "--objective", "wait", "--reference", "easy-sjf")
-EPISODE = ("--num-jobs", "64", "--warmup-jobs", "32", "--followup-jobs", "64", "--episodes-in-a-row", "2")
-CLUSTERS = ("--num-envs", "8", "--num-steps", "32", "--num-evaluations", "2")
+EPISODE = ("--num-jobs", "24", "--warmup-jobs", "16", "--followup-jobs", "32", "--episodes-in-a-row", "2")
+CLUSTERS = ("--num-envs", "8", "--num-steps", "8", "--num-evaluations", "2", "--validation-jobs", "900")
 REPLAY = ("--gamma", "0.9", "--n-step", "3", "--batch-size", "64", "--updates-per-decision", "0.05")
-REPLAY += ("--buffer-steps", "100", "--learning-starts", "10")
-# Eight iterations of 256 decisions, the replay memory being full after the fourth.
+REPLAY += ("--buffer-steps", "30", "--learning-starts", "10")
+# Eight iterations of 64 decisions, the replay memory being full after the fourth.
 SMALL = {
-    ppo_scheduler: (*WORKLOAD, *EPISODE, *CLUSTERS, "--total-timesteps", "2048", "--num-minibatches", "2"),
-    dqn_scheduler: (*WORKLOAD, *EPISODE, *CLUSTERS, "--total-timesteps", "2048", *REPLAY),
+    ppo_scheduler: (*WORKLOAD, *EPISODE, *CLUSTERS, "--total-timesteps", "512", "--num-minibatches", "2"),
+    dqn_scheduler: (*WORKLOAD, *EPISODE, *CLUSTERS, "--total-timesteps", "512", *REPLAY),
 }
 
 
@@ -101,6 +101,7 @@ def events(run: Path) -> EventAccumulator:
 
 
 def scalars(run: Path, tag: str) -> dict[int, float]:
+    """The values of a tag by their steps."""
     return {event.step: event.value for event in events(run).Scalars(tag)}
 
 

@@ -240,7 +240,7 @@ def assert_decides_as_it_schedules(policy: Policy, workload: Workload, window: i
     assert started == len(schedule.jobs) and longest > 16
 
 
-@pytest.mark.parametrize("workload", ["hpc", "cloud"])
+@pytest.mark.parametrize("workload", ["cloud", pytest.param("hpc", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"random", "round-robin"}))  # these two remember, or draw
 def test_a_rule_decides_as_it_schedules(workload: str, rule: str) -> None:
     jobs = at_loads(load_workload(workload, "test", runs=1, run_jobs=200), [2.0])

@@ -14,6 +14,9 @@ import ppo_scheduler
 from ppo_scheduler import Agent, Args, gae, log_prob_and_entropy, rollout, sample
 from scheduler_env import SchedulerVectorEnv
 from training.export import NEVER
+from workloads.load import load_workload
+
+HPC, CLOUD = (load_workload(name, "train", runs=1) for name in ("hpc", "cloud"))
 
 
 def test_gae_equals_the_sum_of_discounted_deltas() -> None:
@@ -51,9 +54,7 @@ def test_the_mask_is_never_violated(rollouts: int) -> None:
     """In up to 10^5 decisions of an untrained agent, whose preferences are not yet the rule's."""
     torch.manual_seed(0)
     args = Args(reward="cost")
-    envs = SchedulerVectorEnv(
-        256, "cloud", num_jobs=64, warmup_jobs=16, followup_jobs=16, reward="cost", queue_window=16
-    )
+    envs = SchedulerVectorEnv(256, CLOUD, num_jobs=64, warmup_jobs=16, followup_jobs=16, reward="cost", queue_window=16)
     envs.reset(seed=0)
     agent = Agent(envs.layout.resources, rule_bonus=0.0)
     batch = ppo_scheduler.Batch.empty(25, 256, envs.layout.size, torch.device("cpu"))
@@ -71,7 +72,7 @@ def test_a_truncated_episode_is_bootstrapped_from_its_last_observation(reward: s
     torch.manual_seed(0)
     args = Args(gamma=0.5, reward_scale=10.0, reward=reward)
     episode = dict(num_jobs=8, warmup_jobs=4, followup_jobs=4, reward=reward)
-    ours, theirs = (SchedulerVectorEnv(2, "hpc", **episode) for _ in range(2))
+    ours, theirs = (SchedulerVectorEnv(2, HPC, **episode) for _ in range(2))
     ours.reset(seed=0), theirs.reset(seed=0)
     agent, batch = Agent(1), ppo_scheduler.Batch.empty(40, 2, ours.layout.size, torch.device("cpu"))
     rollout(agent, ours, batch, args)
@@ -93,7 +94,7 @@ def test_an_update_is_a_gradient_step_on_ppos_loss(steps: int, clusters: int) ->
     torch.manual_seed(0)
     size = steps * clusters
     args = Args(num_minibatches=1, batch_size=size, minibatch_size=size, num_steps=steps)
-    envs = SchedulerVectorEnv(clusters, "hpc", num_jobs=64, warmup_jobs=64, followup_jobs=16)
+    envs = SchedulerVectorEnv(clusters, HPC, num_jobs=64, warmup_jobs=64, followup_jobs=16)
     envs.reset(seed=0)
     ours, batch = Agent(1), ppo_scheduler.Batch.empty(steps, clusters, envs.layout.size, torch.device("cpu"))
     rollout(ours, envs, batch, args)
@@ -122,7 +123,7 @@ def test_an_update_is_a_gradient_step_on_ppos_loss(steps: int, clusters: int) ->
 
 def test_an_update_goes_so_often_over_all_minibatches_and_logs_the_means() -> None:
     torch.manual_seed(0)
-    envs = SchedulerVectorEnv(8, "hpc", num_jobs=64, warmup_jobs=64, followup_jobs=16)
+    envs = SchedulerVectorEnv(8, HPC, num_jobs=64, warmup_jobs=64, followup_jobs=16)
     envs.reset(seed=0)
     agent, batch = Agent(1), ppo_scheduler.Batch.empty(16, 8, envs.layout.size, torch.device("cpu"))
     rollout(agent, envs, batch, Args())
@@ -140,7 +141,7 @@ def test_an_update_goes_so_often_over_all_minibatches_and_logs_the_means() -> No
 
 def test_agent_does_not_depend_on_empty_places_or_the_order_of_jobs() -> None:
     torch.manual_seed(0)
-    envs = SchedulerVectorEnv(16, "cloud", num_jobs=64, warmup_jobs=64, followup_jobs=16, queue_window=32)
+    envs = SchedulerVectorEnv(16, CLOUD, num_jobs=64, warmup_jobs=64, followup_jobs=16, queue_window=32)
     obs, _ = envs.reset(seed=1)
     few = envs.split(obs).jobs[:, 16:, 0].sum(1) == 0  # at most 16 jobs are waiting
     jobs, nodes, cluster, mask = envs.split(torch.from_numpy(obs[few]))
@@ -159,9 +160,9 @@ def test_agent_does_not_depend_on_empty_places_or_the_order_of_jobs() -> None:
 
 
 def test_every_iteration_logs_its_losses(tmp_path: Path) -> None:
-    found = logged(train(ppo_scheduler, tmp_path, "--total-timesteps", "1024"))
+    found = logged(train(ppo_scheduler, tmp_path, "--total-timesteps", "256"))
     names = {"policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance"}
     losses = {tag: values for tag, values in found.items() if tag.startswith("losses/")}
     assert set(losses) == {f"losses/{name}" for name in names}
-    assert all(list(values) == [256, 512, 768, 1024] for values in losses.values())
+    assert all(list(values) == [64, 128, 192, 256] for values in losses.values())
     assert min(losses["losses/entropy"].values()) > 0

@@ -79,7 +79,8 @@ class Cluster:
     def on_grid(self) -> "Cluster":
         """The cluster with its capacity in multiples of its grid."""
         capacity = np.rint(self.capacity / self.grid) * self.grid
-        return self if (capacity == self.capacity).all() else replace(self, capacity=capacity)
+        same = np.array_equal(capacity, self.capacity) and self.capacity.dtype == float  # whole numbers: other kernels
+        return self if same else replace(self, capacity=capacity)
 
 
 @dataclass(frozen=True)

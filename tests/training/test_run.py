@@ -22,10 +22,10 @@ def test_run_writes_what_it_says(finished: Path) -> None:
     assert {path.name for path in finished.iterdir() if "tfevents" not in path.name} == names
     for tag in ("charts/SPS", "charts/episodic_return", "charts/wait"):
         assert scalars(finished, tag), tag
-    assert set(scalars(finished, "eval/cost")) == {0, 1024, 2048}
+    assert set(scalars(finished, "eval/cost")) == {0, 256, 512}
     learning_rate = json.loads((finished / "args.json").read_text())["learning_rate"]
     rates = scalars(finished, "charts/learning_rate")
-    assert rates == {256 * (k + 1): pytest.approx(learning_rate * (1 - k / 8)) for k in range(8)}
+    assert rates == {64 * (k + 1): pytest.approx(learning_rate * (1 - k / 8)) for k in range(8)}
 
 
 def test_progress_says_how_far_it_is(tmp_path: Path, algorithm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,11 +40,11 @@ def test_progress_says_how_far_it_is(tmp_path: Path, algorithm: ModuleType, monk
     run = train(algorithm, tmp_path)
     last = json.loads((run / "progress.json").read_text())
     assert seen[0] == {
-        "step": 256, "total": 2048, "best": 0.0, "checkpoint": 256,
-        "decisions_per_second": scalars(run, "charts/SPS")[256],
+        "step": 64, "total": 512, "best": 0.0, "checkpoint": 64,
+        "decisions_per_second": scalars(run, "charts/SPS")[64],
     }  # fmt: skip
-    assert last["step"] == last["total"] == last["checkpoint"] == 2048
-    best = scalars(run, "eval/best_improvement")[2048]
+    assert last["step"] == last["total"] == last["checkpoint"] == 512
+    best = scalars(run, "eval/best_improvement")[512]
     assert last["best"] == pytest.approx(-best, abs=1e-6)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracles import simulate_one, workloads
 
 import scheduler_env as se
+import tuned_rule as tuned_rule_command
 from policies import load_policy
 from scheduler_env import SchedulerVectorEnv
 from simulator.arrays import recorded_estimates
@@ -183,6 +184,14 @@ def test_the_fit_beats_where_it_starts() -> None:
     assert badness(tuned, base) < badness(started, base)
 
 
+def test_the_command_prints_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    tuned_rule_command.main(tuned_rule_command.Args(str(ROOT / "tests/data/small.swf"), generations=1))
+    printed = capsys.readouterr()
+    assert parse_rule(printed.out.strip()).title == "tuned"
+    assert "tuned " in printed.err and "easy-fifo" in printed.err
+
+
+@pytest.mark.slow
 def test_script_prints_the_rule(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tuned_rule.py"), "--workload", str(ROOT / "tests/data/small.swf")]
     result = subprocess.run([*command, "--generations", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)

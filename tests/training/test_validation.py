@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from workloads.load import load_workload
 
 
 def validation(*flags: str) -> Validation:
-    args = tyro.cli(ppo_scheduler.Args, args=[*SMALL[ppo_scheduler], "--validation-jobs", "600", *flags])
+    args = tyro.cli(ppo_scheduler.Args, args=[*SMALL[ppo_scheduler], *flags])
     return Validation(args, load_workload(args.workload, "train"), Console())
 
 
@@ -95,15 +94,15 @@ def test_a_better_policy_is_the_best_so_far() -> None:
     assert rows["PPO"] == rows["easy-fifo"] and rows["fifo"][0] == rows["easy-fifo"][1] == 0
 
 
-def test_a_run_with_lock_in_trains(tmp_path: Path, algorithm: ModuleType) -> None:
-    run = train(algorithm, tmp_path, "--lock-in", "--total-timesteps", "512", "--num-evaluations", "1")
+def test_a_run_with_lock_in_trains(tmp_path: Path) -> None:
+    run = train(ppo_scheduler, tmp_path, "--lock-in", "--total-timesteps", "128", "--num-evaluations", "1")
     assert load_policy(str(run)).metadata.lock_in
     assert len(scalars(run, "charts/learning_rate")) == 2
 
 
-def test_a_run_learns_from_the_tail_and_is_judged_by_its_objective(tmp_path: Path, algorithm: ModuleType) -> None:
-    flags = ("--learn-from", "tail", "--reference", "auto", "--total-timesteps", "512")
-    run = train(algorithm, tmp_path, *flags)
+def test_a_run_learns_from_the_tail_and_is_judged_by_its_objective(tmp_path: Path) -> None:
+    flags = ("--learn-from", "tail", "--reference", "auto", "--total-timesteps", "128")
+    run = train(ppo_scheduler, tmp_path, *flags)
     assert load_policy(str(run)).metadata.objective == "wait"
     costs, waits = scalars(run, "eval/cost"), scalars(run, "eval/wait")
     assert waits and all(0.5 < costs[step] / waits[step] < 2 for step in waits)  # seconds, not their squares
