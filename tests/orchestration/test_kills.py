@@ -112,7 +112,7 @@ def test_the_store_away_for_a_while(own: Temporal, tmp_path: Path, monkeypatch: 
         loop = Running(site, replace(SMALL, store=s3.bucket("loop"), rounds=2, total_timesteps=5_000))
         loop.training()
         s3.pause()
-        time.sleep(20)
+        time.sleep(60)
         s3.go_on()
         status = loop.result(180)
         assert [found.status for found in status.loop.rounds] == ["promoted", "promoted"]
