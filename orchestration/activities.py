@@ -156,6 +156,7 @@ def train_policy(asked: TrainRequest) -> Candidate:
         "--workload", str(workload), "--objective", config.objective, "--seed", str(seed),
         "--total-timesteps", str(config.total_timesteps), "--run-name", run.name,
         "--checkpoint-seconds", str(CHECKPOINT_SECONDS), *(["--track"] if config.track else []),
+        *(["--weights", str(store.fetch(asked.weights, mine / "weights.pt"))] if asked.weights else []),
         *shlex.split(config.training_flags),
     ]  # fmt: skip
     if (run / "checkpoint.pt").exists():
@@ -163,9 +164,10 @@ def train_policy(asked: TrainRequest) -> Candidate:
     elif run.exists():  # ended before its first checkpoint
         shutil.rmtree(run)
     run_child(config.algorithm, arguments, mine / "training.log")
-    policy, args = (store.put(f"{place}/{name}", (run / name).read_bytes()) for name in ("policy.onnx", "args.json"))
+    files = ("policy.onnx", "args.json", "weights.pt")
+    policy, args, weights = (store.put(f"{place}/{name}", (run / name).read_bytes()) for name in files)
     (run / "checkpoint.pt").unlink(missing_ok=True)  # as large as all the environments
-    return Candidate(number, seed, policy, args)
+    return Candidate(number, seed, policy, args, weights)
 
 
 @step
@@ -226,7 +228,7 @@ def store_checkpoint(asked: StoreRequest) -> Reference:
     """The best candidate is the round's policy from now on; what only training needed is deleted on this machine."""
     store, folder = Store(asked.step.config.store), asked.step.folder
     store.put(f"{folder}/args.json", store.get(asked.candidate.args))
-    reference = store.keep(asked.step.number, store.get(asked.candidate.policy))
+    reference = store.keep(asked.step.number, store.get(asked.candidate.policy), asked.candidate.weights)
     shutil.rmtree(scratch(asked.step), ignore_errors=True)
     return reference
 

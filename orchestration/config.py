@@ -30,10 +30,12 @@ class TrainingConfig:
     """which of the two trains"""
     total_timesteps: int = 400_000
     """decisions of a training"""
+    start_from: Literal["scratch", "champion"] = "scratch"
+    """champion: its networks as they were at the end of its training, of the same algorithm and as many resources"""
     candidates: int = 1
     """so many trainings a round, side by side, which differ in the seed"""
     training_flags: str = ""
-    """more flags of ppo_scheduler.py or dqn_scheduler.py, as on a command line"""
+    """more flags of ppo_scheduler.py or dqn_scheduler.py, in one word: --training-flags='--hidden 64'"""
     jobs: int = 30_000
     """so many jobs are generated a round, where there is no trace"""
     rounds: int = 0
@@ -57,7 +59,17 @@ class TrainingConfig:
 
 
 FIXED = ("store",)  # of a loop that runs
-OURS = ("workload", "objective", "total-timesteps", "seed", "run-name", "resume", "checkpoint-seconds", "track")
+OURS = (
+    "weights",
+    "workload",
+    "objective",
+    "total-timesteps",
+    "seed",
+    "run-name",
+    "resume",
+    "checkpoint-seconds",
+    "track",
+)
 
 
 def check(config: TrainingConfig) -> None:
@@ -130,6 +142,7 @@ class Champion:
     policy: Reference
     since: float  # Unix time
     why: str
+    weights: Reference | None = None  # to train on from
 
 
 @dataclass
@@ -177,6 +190,7 @@ class TrainRequest:
     data: Data
     candidate: int
     run: str  # the folder on the machine that trains
+    weights: Reference | None = None  # to start from; None: from scratch
 
 
 @dataclass
@@ -187,6 +201,7 @@ class Candidate:
     seed: int
     policy: Reference
     args: Reference
+    weights: Reference | None = None
 
 
 @dataclass

@@ -195,7 +195,7 @@ def track(asked: Report, loop: str, folder: Path) -> None:
         run.log(dict(scalars(found)), step=found.number)
         if found.evaluation:
             artifact = wandb.Artifact(f"{loop}-policy", "model", metadata={"round": found.number, "why": found.why})
-            path = store.fetch(store.round(found.number), folder / "policy.onnx")
+            path = store.fetch(store.round(found.number)[0], folder / "policy.onnx")
             artifact.add_file(str(path), "policy.onnx")
             aliases = ["candidate", *(["champion"] if found.status == "promoted" else [])]
             run.log_artifact(artifact, aliases=aliases)

@@ -163,15 +163,16 @@ class Store:
             else:
                 return number
 
-    def keep(self, number: int, policy: bytes) -> Reference:
-        """The policy of a round, which may be promoted from then on."""
+    def keep(self, number: int, policy: bytes, weights: Reference | None = None) -> Reference:
+        """The policy of a round, which may be promoted from then on, and the weights that it came with."""
         folder = f"rounds/{number:06d}"
         reference = self.put(f"{folder}/policy.onnx", policy)
-        self.put(f"{folder}/policy.json", _encoded(asdict(reference)))
+        kept = {"policy": asdict(reference), "weights": asdict(weights) if weights else None}
+        self.put(f"{folder}/policy.json", _encoded(kept))
         return reference
 
-    def round(self, number: int) -> Reference:
-        """The policy of a round.
+    def round(self, number: int) -> tuple[Reference, Reference | None]:
+        """The policy of a round and its weights.
 
         Raises:
             ValueError: there is none.
@@ -179,7 +180,7 @@ class Store:
         found, _ = self._json(f"rounds/{number:06d}/policy.json")
         if found is None:
             raise ValueError(f"round {number}: no policy in {self.url}; give a round that was trained to its end")
-        return Reference(**found)
+        return Reference(**found["policy"]), _reference(found["weights"])
 
     # --------------------------------------------------------------------------------------------- champion
     def champion(self) -> Champion | None:
@@ -206,7 +207,8 @@ class Store:
         if expected is not None and expected != (champions[0].round if champions else 0):
             now = champions[0].round if champions else "none"
             raise Conflict(f"the champion was round {expected or 'none'} and is now round {now}")
-        new = Champion(number, self.round(number), time.time(), why)
+        policy, weights = self.round(number)
+        new = Champion(number, policy, time.time(), why, weights)
         self._write([new, *champions][: BEFORE + 1], version)
         return new
 
@@ -233,8 +235,12 @@ class Store:
             rows = [found, *found["before"]] if found else []
             fields = ("round", "since", "why")
             return [
-                Champion(policy=Reference(**row["policy"]), **{name: row[name] for name in fields}) for row in rows
-            ], version
+                Champion(
+                    policy=Reference(**row["policy"]), weights=_reference(row.get("weights")),
+                    **{name: row[name] for name in fields},
+                )
+                for row in rows
+            ], version  # fmt: skip
         except (KeyError, TypeError) as error:
             raise Damaged(f"{self.url}/{CHAMPION}: no champion ({error}); put it back from a back-up") from None
 
@@ -252,6 +258,10 @@ class Store:
             return json.loads(data), version
         except ValueError:
             raise Damaged(f"{self.url}/{name}: no JSON; put it back from a back-up") from None
+
+
+def _reference(found: dict[str, Any] | None) -> Reference | None:
+    return Reference(**found) if found else None
 
 
 def _encoded(content: Any) -> bytes:

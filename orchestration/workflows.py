@@ -207,7 +207,11 @@ class TrainingLoopWorkflow:
         found.jobs = data.jobs
         numbers = range(1, config.candidates + 1)
         found.runs = [run_folder(begun.number, number) for number in numbers]
-        trainings = [train(c.TrainRequest(step, data, *training)) for training in zip(numbers, found.runs, strict=True)]
+        weights = begun.champion.weights if begun.champion and config.start_from == "champion" else None
+        trainings = [
+            train(c.TrainRequest(step, data, number, run, weights))
+            for number, run in zip(numbers, found.runs, strict=True)
+        ]
         trained = await self.timed(found, "training", asyncio.gather(*trainings, return_exceptions=True))
         candidates = [candidate for candidate in trained if isinstance(candidate, c.Candidate)]
         if not candidates:

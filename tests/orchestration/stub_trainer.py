@@ -25,7 +25,7 @@ def write(path: Path, data: bytes) -> None:
 
 def main() -> None:
     flags = argparse.ArgumentParser()
-    for name in ("workload", "objective", "run-name", "resume"):
+    for name in ("workload", "objective", "run-name", "resume", "weights"):
         flags.add_argument(f"--{name}")
     flags.add_argument("--seed", type=int)
     flags.add_argument("--total-timesteps", type=int)
@@ -60,6 +60,7 @@ def main() -> None:
         write(folder / "progress.json", json.dumps(found).encode())
     write(folder / "checkpoint.pt", json.dumps([step, state]).encode())
     write(folder / "policy.onnx", policy(state))
+    write(folder / "weights.pt", state.encode())
     sys.exit(128 + stop[0] if stop else 0)
 
 

@@ -45,8 +45,8 @@ def test_three_rounds_end_with_a_champion_and_everything_in_its_place(start: Any
     names = {name.removeprefix("rounds/000002/") for name in store(site).names("rounds/000002/")}
     assert names == {
         "claim.json", "cluster.npz", "workload.npz", "policy.onnx", "policy.json", "args.json", "results.json",
-        "report/index.html", "candidates/1/policy.onnx", "candidates/1/args.json", "candidates/2/policy.onnx",
-        "candidates/2/args.json",
+        "report/index.html", "candidates/1/policy.onnx", "candidates/1/args.json", "candidates/1/weights.pt",
+        "candidates/2/policy.onnx", "candidates/2/args.json", "candidates/2/weights.pt",
     }  # fmt: skip
     gains = status.loop.rounds[1].evaluation.gains
     assert gains["champion"].mean == pytest.approx(-10)
@@ -192,3 +192,15 @@ def test_where_no_temporal_is_the_line_says_what_to_do(site: Site) -> None:
     said = site.run("status", "--address", "127.0.0.1:1", code=2)
     assert said.startswith("training_loop.py: 127.0.0.1:1: no Temporal answers (")
     assert said.endswith("start python training_loop.py server, or give --address\n")
+
+
+def test_candidates_start_from_the_champions_weights(start: Any, site: Site) -> None:
+    loop = start(rounds=2, start_from="champion")
+    loop.result()
+    runs = sorted(site.folder.glob(f"runs/{loop.id}__*"))
+    first, second = (json.loads((run / "args.json").read_text())["weights"] for run in runs)
+    assert first is None
+    assert second == f"runs/loop/{loop.id}/000002/1/weights.pt"
+    log = site.folder / "runs" / "store" / "rounds" / "000001" / "candidates" / "1" / "weights.pt"
+    assert store(site).champion().weights.sha256
+    assert log.read_bytes() == (runs[0] / "weights.pt").read_bytes()
