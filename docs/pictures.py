@@ -89,7 +89,7 @@ def command(args: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def kept(compared: dict[str, Any], objective: str) -> dict[str, Any]:
+def kept(compared: dict[str, Any], objective: str, day: date) -> dict[str, Any]:
     """What the picture and the tables need of a comparison whose first policy is EASY-FIFO.
 
     Changes are percent of EASY-FIFO's mean, tails multiples of EASY-FIFO's. The best rule is the one with the lowest
@@ -128,7 +128,7 @@ def kept(compared: dict[str, Any], objective: str) -> dict[str, Any]:
     return {
         "workload": file.split(".swf")[0], "objective": objective,
         **{key: compared[key] for key in ("protocol", "split", "load", "jobs", "counted_jobs")},
-        "date": date.today().isoformat(), "revision": subprocess.check_output(revision, text=True).strip(),
+        "date": day.isoformat(), "revision": subprocess.check_output(revision, text=True).strip(),
         "commands": commands, "policies": policies,
         "change_of_every_rule": {
             name: round(100 * (mean / rules["easy-fifo"] - 1), 2)
@@ -210,7 +210,7 @@ def results(folder: Path, comparisons: Iterable[Path]) -> Path:
         compared = json.loads(file.read_text())
         runs = [name for name in compared["policies"] if name.endswith(".onnx")]
         objective = json.loads((Path("runs") / Path(runs[0]).parent / "args.json").read_text())["objective"]
-        found = kept(compared, objective)
+        found = kept(compared, objective, date.fromtimestamp(file.stat().st_mtime))
         (folder / "results" / f"{found['workload']}.json").write_text(
             json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         )

@@ -11,6 +11,7 @@ with Run(args, "ppo") as run:
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import shlex
@@ -216,7 +217,7 @@ class Run:
             rule = parse_rule(validation.stands_for).title
             self.say(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")
         if not finished:
-            script = f"{self.algorithm}_scheduler.py"
+            script = Path(inspect.getfile(type(args))).name  # somebody's copy, it may be
             self.say(f"Interrupted. Go on with: python {script} --resume {shlex.quote(str(self.folder))}")
         else:
             policies = *dict.fromkeys(("fifo", "easy-fifo", validation.best_rule)), str(self.folder / "policy.onnx")
