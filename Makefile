@@ -36,7 +36,8 @@ train: setup
 		$$(ls -td runs/*__ppo_scheduler__*/ | head -1)policy.onnx
 
 # The retraining loop in one terminal: three rounds, about five minutes. Others: LOOP="--workload my_cluster.swf.gz --rounds 2".
-LOOP ?= --rounds 3 --total-timesteps 200000
+# (One run of generated jobs says little about the longest wait: hence a wider guard than the default.)
+LOOP ?= --rounds 3 --total-timesteps 200000 --max-tail 1.5
 loop: setup setup-temporal
 	$(BIN)/python training_loop.py start --local --interval 0 $(LOOP)
 
