@@ -56,8 +56,8 @@ def command_line(arguments: list[str] | None = None) -> Any:
     return tyro.extras.subcommand_cli_from_dict(flags, description=__doc__, args=arguments)
 
 
-def main() -> None:
-    args = command_line()
+def run(args: Any) -> int:
+    """Do what the flags say. Returns the exit code."""
     try:
         if isinstance(args, client.Server):
             serve(args)
@@ -65,12 +65,22 @@ def main() -> None:
         asyncio.run(dict(COMMANDS.values())[type(args)](args))
     except (RPCError, WorkflowQueryFailedError) as error:
         print(f"training_loop.py: {client.in_one_line(error, getattr(args, 'id', 'Temporal'))}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except (ValueError, OSError) as error:
         print(f"training_loop.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return 0
+
+
+def main() -> None:
+    code = run(command_line())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        code
+    )  # threads of Temporal's library may still run, and must not meet an interpreter that takes itself down
 
 
 if __name__ == "__main__":

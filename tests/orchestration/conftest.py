@@ -31,6 +31,16 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Temporal]:
     server.kill()
 
 
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    """Of a test that fails: it would take the work of the tests after it."""
+    before = list(Site.every)
+    yield
+    for site in Site.every:
+        if site not in before:
+            site.close()
+
+
 @pytest.fixture
 def site(temporal: Temporal, tmp_path: Path) -> Iterator[Site]:
     """Without a worker yet."""

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import psutil
 from temporalio.client import Client, WorkflowHandle
@@ -107,7 +107,10 @@ class Temporal:
 class Site:
     """A folder with workers, whose trainer and comparison are stubs, and commands that are given in it."""
 
+    every: ClassVar[list["Site"]] = []
+
     def __init__(self, folder: Path, temporal: Temporal, **environment: str) -> None:
+        self.every.append(self)
         self.folder, self.temporal = folder, temporal
         self.environment = ENVIRONMENT | {"TEMPORAL_ADDRESS": temporal.address} | environment
         self.workers: list[subprocess.Popen[bytes]] = []
