@@ -128,8 +128,9 @@ class SchedulerVectorEnv(VectorEnv):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start new episodes; options={"first": ints[num_envs]} says at which jobs of the workload."""
         if seed is not None or not self._generators:
-            seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(self.num_envs)]
-            self._generators = [np.random.default_rng(s) for s in seeds]
+            if not isinstance(seed, list):
+                seed = [None if seed is None else seed + i for i in range(self.num_envs)]
+            self._generators = [np.random.default_rng(s) for s in seed]
         first = (options or {}).get("first")
         if first is not None:
             outside = ~self._in_one_segment(np.asarray(first), self.length)

@@ -1,7 +1,5 @@
 """From jobs and clusters to the arrays that the kernels take; N counts jobs, M nodes, R resources."""
 
-from typing import Any
-
 import numpy as np
 
 from simulator.kernels import (
@@ -17,6 +15,7 @@ from simulator.kernels import (
     Batch,
     Past,
     Problem,
+    Sim,
 )
 from simulator.rules import Rule, static_score
 from simulator.schedule import OBJECTIVES
@@ -129,27 +128,19 @@ def problem_arrays(
     )  # fmt: skip
 
 
-def empty_batch(count: int, length: int, cluster: Cluster, groups: int) -> Batch:
-    """`count` states for episodes of at most `length` jobs, with histories of `groups` groups."""
+def empty_sim(length: int, cluster: Cluster, groups: int, *count: int) -> Sim:
+    """The state of a simulation of at most `length` jobs, with histories of `groups` groups; with a count, so many."""
     nodes, resources = cluster.capacity.shape
+    queue, order, seen = np.zeros((3, *count, length), np.int64)
+    rank, score = np.zeros((2, *count, length))
+    ends, dues = np.zeros((2, *count, length), TIMED)
+    free, room = np.zeros((2, *count, nodes, resources))
+    spare, most = np.zeros((2, *count, resources))
+    history, plan = np.zeros((*count, groups, 4)), np.zeros((*count, length), START)
+    s = np.zeros(count or 1, SCALARS)
+    return Sim(s, queue, order, seen, rank, score, ends, dues, free, spare, most, room, history, plan)
 
-    def zeros(*shape: int, dtype: Any = np.float64) -> np.ndarray:
-        return np.zeros((count, *shape), dtype)
 
-    return Batch(
-        s=zeros(dtype=SCALARS),
-        queue=zeros(length, dtype=np.int64),
-        order=zeros(length, dtype=np.int64),
-        seen=zeros(length, dtype=np.int64),
-        rank=zeros(length),
-        score=zeros(length),
-        ends=zeros(length, dtype=TIMED),
-        dues=zeros(length, dtype=TIMED),
-        free=zeros(nodes, resources),
-        spare=zeros(resources),
-        most=zeros(resources),
-        room=zeros(nodes, resources),
-        history=zeros(groups, 4),
-        plan=zeros(length, dtype=START),
-        groups=np.full((count, length, 3), -1, np.int32),  # of no group: so it stays where the rule uses no history
-    )
+def empty_batch(length: int, cluster: Cluster, groups: int, count: int) -> Batch:
+    """`count` simulations (see `empty_sim`), whose jobs are of no group: that stays so where no history is kept."""
+    return Batch(*empty_sim(length, cluster, groups, count), groups=np.full((count, length, 3), -1, np.int32))

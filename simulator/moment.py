@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.arrays import empty_batch, job_groups, problem_arrays
+from simulator.arrays import empty_sim, job_groups, problem_arrays
 from simulator.kernels import (
-    Sim,
     act_at_moment,
     compiling,
     follow_rule,
@@ -65,8 +64,7 @@ class Moment:
         groups = job_groups(jobs) if finished else np.full((len(jobs), 3), -1, np.int32)
         problem = problem_arrays(jobs, cluster, groups, rule, backfill=backfill)
         self.problem = problem._replace(capacity=cluster.capacity.copy())
-        s, *rows = empty_batch(1, len(jobs), cluster, int(groups.max(initial=-1)) + 1)
-        self.sim = Sim(s, *(row[0] for row in rows[:-1]))
+        self.sim = empty_sim(len(jobs), cluster, int(groups.max(initial=-1)) + 1)
         self.sim.free[:] = np.inf if state.free is None else np.rint(state.free / grid) * grid
         start, running = self.sim.plan["start"], slice(finished, self._first)
         start[:] = np.inf

@@ -52,10 +52,10 @@ class Simulator:
             jobs, cluster, groups, rule, objective=objective, backfill=backfill, lock_in=lock_in, scores=scores,
             recorded=recorded_estimates(jobs) if recorded and uses_history(rule) else None,
         )  # fmt: skip
-        self.batch = empty_batch(count, length, cluster, 3 * length if history else 0)
+        self.batch = empty_batch(length, cluster, 3 * length if history else 0, count)
         self.batch.s["stop"] = length
         parts = max(threads, min(4 * threads, count // 64)) if threads > 1 else 1  # who is done early takes the next
-        self._others = empty_batch(parts, length, cluster, 3 * length if self.rule_uses_history else 0)  # for roll-outs
+        self._others = empty_batch(length, cluster, 3 * length if self.rule_uses_history else 0, parts)  # for roll-outs
         unknown = np.full(len(self.past.offset), -1)
         rows = self.batch.history.shape[1:]
         self._numbers = [Numbers(unknown.copy(), unknown.copy(), np.zeros(rows)) for _ in range(parts)]
