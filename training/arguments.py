@@ -30,6 +30,8 @@ class RunArgs:
     """the entity (team) of wandb's project"""
     resume: str | None = None
     """a run's folder: go on with it, under the flags that it was started with"""
+    weights: str | None = None
+    """weights.pt of an earlier run of the same algorithm: what the networks start from, instead of at random"""
     run_name: str | None = None
     """the run's folder is runs/RUN_NAME, instead of one whose name ends with the time"""
     checkpoint_seconds: float = 30.0

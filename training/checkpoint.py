@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from workloads.files import replacing
 
@@ -16,6 +17,25 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+def networks(parts: dict[str, Stateful]) -> dict[str, Any]:
+    """Of what a checkpoint holds, the weights of the networks: what another run can start from."""
+    return {name: part.state_dict() for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def load_networks(path: Path, parts: dict[str, Stateful], device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: no such file, or the weights of other networks.
+    """
+    try:
+        state = torch.load(path, map_location=device)
+        for name in networks(parts):
+            parts[name].load_state_dict(state[name])
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: no weights for this network ({reason}); give weights.pt of such a run") from error
 
 
 def random_state() -> dict[str, Any]:

@@ -39,7 +39,7 @@ from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
 from simulator.rules import parse_rule
 from simulator.schedule import Schedule
 from training.arguments import RunArgs
-from training.checkpoint import Stateful, random_state, save, set_random_state
+from training.checkpoint import Stateful, load_networks, networks, random_state, save, set_random_state
 from training.export import FollowRule, check_export, export_onnx
 from training.folder import free_folder, lock, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
@@ -129,6 +129,8 @@ class Run:
             self.restore()
         else:
             self.open.enter_context(lock(self.folder))
+            if args.weights is not None:
+                load_networks(Path(args.weights), self.parts, self.device)
             # Until a policy is better than every rule on validation, the file stands for the best of them.
             self.export(FollowRule(), "policy.onnx", self.validation.stands_for)
             write_json(self.folder / "args.json", asdict(args))
@@ -171,6 +173,8 @@ class Run:
             if self.proposed:
                 log_validation(self.writer, validation, *self.judge_proposed())
             self.checkpoint()
+            with replacing(self.folder / "weights.pt") as temporary:
+                torch.save(networks(self.parts), temporary)  # in a form that `torch.load` reads without running code
             self.write_progress()
 
     def due(self) -> bool:

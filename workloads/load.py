@@ -8,12 +8,13 @@ import numpy as np
 from workloads.jobs import SPLITS, Workload, WorkloadError
 from workloads.presets import PRESETS, generate_split
 from workloads.records import read_decisions
+from workloads.saved import read_saved
 from workloads.swf import jobs_from_swf, read_swf
 
 
 def workload_name(workload: str) -> str:
     """What runs are called after: the preset's name, or the trace's without folder and endings."""
-    return Path(workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl")
+    return Path(workload).name.removesuffix(".gz").removesuffix(".swf").removesuffix(".jsonl").removesuffix(".npz")
 
 
 def load_workload(
@@ -22,7 +23,8 @@ def load_workload(
     """The named split of a preset or of a trace.
 
     Args:
-        name: one of PRESETS, or the path of an SWF trace, plain or gzipped, or of what serve.py has recorded (.jsonl).
+        name: one of PRESETS, or the path of an SWF trace, plain or gzipped, of what serve.py has recorded (.jsonl), or
+            of a saved workload (.npz).
         split: "train", "validation", "test", or "all" of them. A trace is cut by order of submission at 60 % and 70 %;
             the splits of a preset have disjoint seeds.
         seed, runs, run_jobs: for presets only: which runs, how many, and how many jobs each.
@@ -36,7 +38,10 @@ def load_workload(
         return generate_split(name, split, seed, runs, run_jobs)
     if not os.path.exists(name):
         raise WorkloadError(f"{name}: no such file or preset; the presets are {', '.join(PRESETS)}")
-    jobs, cluster, skipped = read_decisions(name) if name.endswith(".jsonl") else jobs_from_swf(read_swf(name))
+    if name.endswith(".npz"):
+        jobs, cluster, skipped = read_saved(Path(name))
+    else:
+        jobs, cluster, skipped = read_decisions(name) if name.endswith(".jsonl") else jobs_from_swf(read_swf(name))
     cuts = {"train": (0.0, 0.6), "validation": (0.6, 0.7), "test": (0.7, 1.0), "all": (0.0, 1.0)}[split]
     first, last = (int(cut * len(jobs)) for cut in cuts)
     if first == last:

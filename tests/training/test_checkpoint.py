@@ -218,6 +218,25 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path,
     assert [path.name for path in run.folder.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_run_starts_from_the_weights_of_another(
+    finished: Path, tmp_path: Path, monkeypatch: Change, algorithm: ModuleType
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = begun(algorithm, tmp_path, "--weights", str(finished / "weights.pt"), "--seed", "7")
+    before = torch.load(finished / "weights.pt")
+    assert set(before) == {name for name, part in run.parts.items() if isinstance(part, torch.nn.Module)}
+    for name, weights in before.items():
+        for key, value in run.parts[name].state_dict().items():
+            assert torch.equal(value, weights[key]), (name, key)
+
+
+def test_weights_of_another_network_are_refused(finished: Path, tmp_path: Path, algorithm: ModuleType) -> None:
+    weights = str(finished / "weights.pt")
+    done = command(algorithm, tmp_path, *SMALL[algorithm], "--weights", weights, "--hidden", "48")
+    assert done.code == 2
+    assert done.err.startswith(f"error: {weights}: no weights for this network (")
+
+
 # ------------------------------------------------------------------------------------------- processes that are killed
 # The script, which waits for a signal in its third iteration.
 WAITING = """

@@ -18,7 +18,7 @@ from training.run import Run
 
 
 def test_run_writes_what_it_says(finished: Path) -> None:
-    names = {"args.json", "checkpoint.pt", "policy.onnx", "progress.json", "lock"}
+    names = {"args.json", "checkpoint.pt", "policy.onnx", "progress.json", "lock", "weights.pt"}
     assert {path.name for path in finished.iterdir() if "tfevents" not in path.name} == names
     for tag in ("charts/SPS", "charts/episodic_return", "charts/wait"):
         assert scalars(finished, tag), tag

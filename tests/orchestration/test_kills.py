@@ -1,0 +1,152 @@
+"""Workers, the server and the store die and come back; what comes out is the same, byte for byte."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from orchestration_helpers import (
+    ENVIRONMENT,
+    S3,
+    SMALL,
+    STUB,
+    Running,
+    Site,
+    Temporal,
+    alive,
+    environment,
+    eventually,
+)
+
+from orchestration.store import Store
+
+KILLS = 10
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Temporal]:
+    """A server that may be killed."""
+    server = Temporal(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def policy(site: Site) -> bytes:
+    return (site.folder / "runs/store/rounds/000001/policy.onnx").read_bytes()
+
+
+def undisturbed(temporal: Temporal, folder: Path, **settings: object) -> bytes:
+    """The policy of the first round where nothing happens."""
+    folder.mkdir()
+    site = Site(folder, temporal)
+    site.worker()
+    loop = Running(site, replace(SMALL, **settings))
+    loop.result()
+    loop.close()
+    site.close()
+    return policy(site)
+
+
+def test_a_worker_killed_ten_times_in_a_training(own: Temporal, tmp_path: Path) -> None:
+    """Lost each time: a checkpoint's interval of work at most, and the silence until a worker is taken for dead."""
+    site = Site(tmp_path, own, STUB_SPEED="100", STUB_SILENCE="5")
+    settings = {"total_timesteps": 2_000}
+    worker = site.worker()
+    loop = Running(site, replace(SMALL, **settings))
+    run, rng = loop.training(), random.Random(1)
+    for kill in range(1, KILLS + 1):
+        pids = run / "pids"
+        eventually(lambda: len(pids.read_text().splitlines()) == kill, 60)  # noqa: B023
+        time.sleep(rng.uniform(0.2, 1.5))
+        worker.kill()
+        worker.wait()
+        eventually(lambda: not alive(run.name), 5)  # nobody goes on without a worker
+        at = json.loads((run / "progress.json").read_text())["step"]
+        kept = json.loads((run / "checkpoint.pt").read_text())[0]
+        assert at - kept <= 100, "more than a checkpoint's interval is lost"
+        worker = site.worker()
+    assert loop.result(120).loop.rounds[0].status == "promoted"
+    starts = [int(line.split()[1]) for line in (run / "pids").read_text().splitlines()]
+    assert len(starts) == KILLS + 1
+    assert starts == sorted(starts)
+    loop.close()
+    site.close()
+    assert policy(site) == undisturbed(own, tmp_path / "other", **settings)
+
+
+def test_the_server_killed_and_started_again_on_its_file(own: Temporal, tmp_path: Path) -> None:
+    site = Site(tmp_path, own, STUB_SPEED="100", STUB_SILENCE="5")
+    settings = {"total_timesteps": 1_500}
+    site.worker()
+    loop = Running(site, replace(SMALL, **settings))
+    run = loop.training()
+    for _ in range(2):
+        time.sleep(2)
+        own.kill()
+        time.sleep(1)
+        own.start()
+    assert loop.result(120).loop.rounds[0].status == "promoted"
+    starts = [int(line.split()[1]) for line in (run / "pids").read_text().splitlines()]
+    assert starts == sorted(starts)
+    loop.close()
+    site.close()
+    assert policy(site) == undisturbed(own, tmp_path / "other", **settings)
+
+
+def test_the_store_away_for_a_while(own: Temporal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3 = S3()
+    s3.start()
+    try:
+        for name, value in environment(s3).items():
+            monkeypatch.setenv(name, value)
+        site = Site(tmp_path, own, **environment(s3))
+        site.worker()
+        loop = Running(site, replace(SMALL, store=s3.bucket("loop"), rounds=2, total_timesteps=5_000))
+        loop.training()
+        s3.pause()
+        time.sleep(60)
+        s3.go_on()
+        status = loop.result(180)
+        assert [found.status for found in status.loop.rounds] == ["promoted", "promoted"]
+        store = Store(loop.status().loop.config.store)
+        assert store.champion() == status.loop.champion
+        assert store.get(status.loop.champion.policy)
+        assert "secret-of-a-test" not in (tmp_path / "worker.log").read_text()
+        loop.close()
+        site.close()
+    finally:
+        s3.stop()
+
+
+def test_ctrl_c_of_everything_in_one_terminal(own: Temporal, tmp_path: Path) -> None:
+    """At any moment: nothing is left that runs."""
+    for after in (0.0, 2.0, 5.0):
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        command = [
+            sys.executable,
+            str(STUB),
+            "start",
+            "--local",
+            "--id",
+            f"local-{after}",
+            "--total-timesteps",
+            "9999999",
+        ]
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        assert "Temporal's page" in process.stderr.readline()
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130, said
+        assert "Traceback" not in said
+        assert not alive(str(folder))
+        assert not alive(f"local-{after}")
