@@ -1,12 +1,14 @@
 """A run of a learner: all of it that is no algorithm.
 
-with Run(args, "ppo") as run:
-    agent = Agent(run.layout.resources)
-    run.begin(agent, {}, model=agent)
-    for iteration in run.iterations():
-        ...
-        run.log(losses, learning_rate, episodes)
-    run.end()
+    with Run(args, "ppo") as run:
+        agent = Agent(run.layout.resources)
+        run.begin(agent, {}, model=agent)
+        for iteration in run.iterations():
+            ...
+            run.log(losses, learning_rate, episodes)
+        run.end()
+
+Whatever ends the run, leaving it closes its logs and gives its folder free.
 """
 
 from __future__ import annotations
