@@ -1,7 +1,6 @@
 """What the service has seen end: for planning, where the states do not say what has finished."""
 
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -59,7 +58,11 @@ class History:
         return True
 
     def read_back(self, record: Path) -> None:
-        """Go through the end of the record of an earlier service, as far as it can be read."""
+        """Go through the end of the record of an earlier service, as far as it is one.
+
+        Raises:
+            OSError: the file is there, and cannot be read.
+        """
         for line in _last_lines(record):
             try:
                 self.complete(RECORDED.decode(line).state)
@@ -67,10 +70,9 @@ class History:
                 continue
 
 
-def _last_lines(record: Path) -> Iterator[bytes]:
-    try:
-        with open(record, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - READ_BACK))
-            yield from file
-    except OSError:  # the first time there is none
-        return
+def _last_lines(record: Path) -> list[bytes]:
+    if not record.is_file():  # the first time there is none; a device may have no end
+        return []
+    with open(record, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - READ_BACK))
+        return file.read(READ_BACK).splitlines()
