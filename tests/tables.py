@@ -1,6 +1,7 @@
 """Workloads written as tables, and what one reads off a schedule."""
 
 import numpy as np
+from oracles import within
 
 from simulator.schedule import Schedule
 from workloads.jobs import Cluster, Jobs, Workload
@@ -34,3 +35,16 @@ def event_times(schedule: Schedule) -> np.ndarray:
 
 def waiting_at(schedule: Schedule, now: float) -> np.ndarray:
     return np.flatnonzero((schedule.jobs.submit_time <= now) & (now < schedule.start_time))
+
+
+def check_possible(schedule: Schedule) -> None:
+    """Every job starts, at an event, not before its submit, and at no instant is a node over capacity."""
+    jobs, start = schedule.jobs, schedule.start_time
+    end = start + jobs.run_time / schedule.cluster.speed[schedule.node]
+    assert np.isfinite(start).all() and (start >= jobs.submit_time).all()
+    assert set(start) <= set(jobs.submit_time) | set(end)  # time only stops at arrivals and completions
+    for now in start:  # what is used only grows at starts
+        active = (start <= now) & (now < end)
+        for m, capacity in enumerate(schedule.cluster.capacity):
+            used = jobs.demand[active & (schedule.node == m)].sum(0)
+            assert within(used, capacity), f"node {m} at {now}: {used} of {capacity}"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import environment, make_workload, simulate_one, workloads
-from test_replay import check_possible
+from tables import check_possible
 
 from simulator.kernels import FAIRNESS, GREEDY, STATIC
 from simulator.planning import Planner, plan

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_workload, simulate_one, within, workloads
-from tables import event_times, table, two_nodes, waiting_at
+from tables import check_possible, event_times, table, two_nodes, waiting_at
 
 from simulator.kernels import EASY, GREEDY, STATIC
 from simulator.replay import simulate
@@ -17,19 +17,6 @@ from workloads.jobs import Cluster, Jobs, Workload
 
 GREEDY_RULES = [rule for rule in RULES if parse_rule(rule).mode == GREEDY]
 EASY_RULES = [rule for rule in RULES if parse_rule(rule).mode == EASY]
-
-
-def check_possible(schedule: Schedule) -> None:
-    """Every job starts, at an event, not before its submit, and at no instant is a node over capacity."""
-    jobs, start = schedule.jobs, schedule.start_time
-    end = start + jobs.run_time / schedule.cluster.speed[schedule.node]
-    assert np.isfinite(start).all() and (start >= jobs.submit_time).all()
-    assert set(start) <= set(jobs.submit_time) | set(end)  # time only stops at arrivals and completions
-    for now in start:  # what is used only grows at starts
-        active = (start <= now) & (now < end)
-        for m, capacity in enumerate(schedule.cluster.capacity):
-            used = jobs.demand[active & (schedule.node == m)].sum(0)
-            assert within(used, capacity), f"node {m} at {now}: {used} of {capacity}"
 
 
 def free_at(schedule: Schedule, now: float, m: int) -> np.ndarray:
