@@ -257,7 +257,7 @@ def test_a_network_decides_as_it_schedules(tmp_path: Path, workload: str, backfi
     assert_decides_as_it_schedules(policy, jobs, window=40)
 
 
-@pytest.mark.parametrize("workload", ["hpc", "cloud"])
+@pytest.mark.parametrize("workload", [pytest.param("hpc", marks=pytest.mark.slow), "cloud"])
 @pytest.mark.parametrize("base", ["easy-fifo", "easy-wfp3+sjf-history", "greedy-saf", "easy-sjf@1"])
 def test_planning_decides_as_it_schedules_and_reads_no_run_time_of_an_unfinished_job(workload: str, base: str) -> None:
     """Those that it gets here are no numbers, and the replay, which has them, does the same."""

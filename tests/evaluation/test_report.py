@@ -243,6 +243,7 @@ def test_starvation_is_called_by_its_name() -> None:
     assert found["starves"] and found["beyond_easy_fifo_max"] == 1 and found["longer_than_fifo"] == 0
 
 
+@pytest.mark.slow
 def test_seeds_are_taken_together_by_name() -> None:
     rng = np.random.default_rng(5)
     rule = rng.lognormal(3, 1, size=(40, len(METRICS)))

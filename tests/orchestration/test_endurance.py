@@ -52,6 +52,7 @@ def test_fifty_rounds_keep_history_and_memory_small(temporal: Temporal, tmp_path
     site.close()
 
 
+@pytest.mark.slow
 def test_two_workers_train_two_candidates_at_once(temporal: Temporal, tmp_path: Path) -> None:
     site = Site(tmp_path, temporal)
     workers = {site.worker().pid, site.worker().pid}  # one training each

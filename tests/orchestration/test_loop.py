@@ -57,6 +57,7 @@ def test_three_rounds_end_with_a_champion_and_everything_in_its_place(start: Any
     assert not alive(loop.id)
 
 
+@pytest.mark.slow
 def test_candidates_train_side_by_side(start: Any, site: Site) -> None:
     loop = start(candidates=2, total_timesteps=10_000_000)
     eventually(lambda: len(list(site.folder.glob(f"runs/{loop.id}__000001__*/progress.json"))) == 2)
@@ -68,6 +69,7 @@ def test_candidates_train_side_by_side(start: Any, site: Site) -> None:
     assert loop.result().loop.rounds[0].status == "stopped"
 
 
+@pytest.mark.slow
 def test_without_a_surely_better_candidate_the_champion_stays(site: Site, start: Any) -> None:
     assert start().result().loop.champion.round == 1
     site.close()
@@ -94,6 +96,7 @@ def test_exit_code_2_is_not_tried_again(start: Any) -> None:
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_another_exit_code_is_tried_again(start: Any, site: Site) -> None:
     loop = start(training_flags="--fail 3")
     log = site.folder / f"runs/loop/{loop.id}/000001/1/training.log"
@@ -101,6 +104,7 @@ def test_another_exit_code_is_tried_again(start: Any, site: Site) -> None:
     assert loop.status().state == "training"
 
 
+@pytest.mark.slow
 def test_stop_ends_after_the_round(start: Any) -> None:
     loop = start(rounds=0, total_timesteps=3_000)
     loop.training()
@@ -122,6 +126,7 @@ def test_stop_now_ends_within_ten_seconds_with_a_checkpoint(start: Any) -> None:
     assert not alive(run.name)
 
 
+@pytest.mark.slow
 def test_a_cancelled_workflow_ends_like_that_too(start: Any) -> None:
     loop = start(rounds=0, total_timesteps=10_000_000)
     run = loop.training()
@@ -130,6 +135,7 @@ def test_a_cancelled_workflow_ends_like_that_too(start: Any) -> None:
     assert not alive(run.name)
 
 
+@pytest.mark.slow
 def test_a_pause_a_wait_and_retrain_now(start: Any) -> None:
     loop = start(rounds=3, interval=3_600.0)
     loop.until("waiting")  # for the second round
@@ -144,6 +150,7 @@ def test_a_pause_a_wait_and_retrain_now(start: Any) -> None:
     assert loop.result().loop.done == 3
 
 
+@pytest.mark.slow
 def test_the_commands_say_what_they_do(start: Any, site: Site) -> None:
     loop = start(rounds=0, total_timesteps=10_000_000)
     loop.training()
@@ -161,6 +168,7 @@ def test_the_commands_say_what_they_do(start: Any, site: Site) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_end_saves_and_the_next_one_goes_on(start: Any, site: Site) -> None:
     loop = start(total_timesteps=4_000)
     run = loop.training()
@@ -194,6 +202,7 @@ def test_where_no_temporal_is_the_line_says_what_to_do(site: Site) -> None:
     assert said.endswith("start python training_loop.py server, or give --address\n")
 
 
+@pytest.mark.slow
 def test_candidates_start_from_the_champions_weights(start: Any, site: Site) -> None:
     loop = start(rounds=2, start_from="champion")
     loop.result()

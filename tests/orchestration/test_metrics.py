@@ -69,6 +69,7 @@ def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
     return found["data"]["result"]
 
 
+@pytest.mark.slow
 def test_every_query_of_the_dashboard_finds_what_it_asks_for(prometheus: str) -> None:
     eventually(lambda: ask(prometheus, "rate(resourcerl_decisions_total[5m]) > 0"))
     empty = [query for query in QUERIES if not ask(prometheus, query)]
@@ -86,6 +87,7 @@ def test_what_the_dashboard_asks_of_slurms_agent_is_there() -> None:
     assert {re.sub(r"_(total|bucket)$", "", name) for name in asked} <= known
 
 
+@pytest.mark.slow
 def test_a_round_is_a_point_in_tensorboard(site: Site) -> None:
     site.worker()
     loop = Running(site, replace(SMALL, rounds=3))

@@ -16,6 +16,7 @@ async def found(items: AsyncIterator[Any]) -> list[Any]:
     return [item async for item in items]
 
 
+@pytest.mark.slow
 def test_a_schedule_triggers_and_overlapping_triggers_do_not_run_two_loops(site: Site) -> None:
     site.worker()
     watcher = Running(site, SMALL)  # for its client

@@ -70,6 +70,7 @@ def test_an_interrupted_run_is_saved_and_equals_an_uninterrupted_one(
     assert_equal(run, finished)
 
 
+@pytest.mark.slow
 def test_sigterm_is_as_good_as_ctrl_c(tmp_path: Path, algorithm: ModuleType, monkeypatch: Change) -> None:
     in_iteration(monkeypatch, 1, lambda _: signal.raise_signal(signal.SIGTERM))
     stopped = command(algorithm, tmp_path, *SMALL[algorithm])
@@ -102,6 +103,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     assert_equal(run, finished)
 
 
+@pytest.mark.slow
 def test_a_validation_under_way_is_not_lost(
     finished: Path, tmp_path: Path, algorithm: ModuleType, monkeypatch: Change
 ) -> None:
