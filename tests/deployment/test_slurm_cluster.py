@@ -146,7 +146,7 @@ def test_the_gain_is_there(tmp_path: Path) -> None:
 
     Seconds of a real clock: on a quiet machine predictions are off by less than 15 %, on a busy one by more.
     """
-    results = demo.demo(tmp_path, demo.Args(num_jobs=60, orders=("fifo", "live"), training_steps=50_000))
+    results = demo.demo(tmp_path / "demo", demo.Args(num_jobs=60, orders=("fifo", "live"), training_steps=50_000))
     assert results["live"]["mean"] <= 0.75 * results["fifo"]["mean"]
     for order, row in results.items():
         assert row["mean_predicted"] == pytest.approx(row["mean"], rel=0.5), (order, row)
