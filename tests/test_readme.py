@@ -94,6 +94,7 @@ def short(command: str) -> str:
         ValueError: no entry of COMMANDS covers it.
     """
     command = command.replace("NUMBA_CACHE_DIR=$(mktemp -d) ", "")  # compiling takes ten seconds
+    command = command.replace("/var/lib/resourcerl/policy.onnx", "runs/RUN/policy.onnx")  # any policy will do
     for begin, flags in COMMANDS.items():
         if f"{command} ".startswith(f"{begin} "):
             command = re.sub(r"[\w.-]+\.swf\.gz", "my_cluster.swf.gz", command)
