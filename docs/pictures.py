@@ -29,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's files, whatever folder this is called from
 
 from evaluation import plots
-from policies import load_policy
+from policies import OnnxPolicy, load_policy
 from scheduler_env import SchedulerVectorEnv
 from workloads.load import load_workload
 
@@ -56,13 +56,21 @@ def environment(path: Path) -> None:
     envs.reset(seed=1)
     for _ in range(500):
         envs.step(envs.rule_actions())
-    Image.fromarray(envs.render()[0]).save(path)
+    frames = envs.render()
+    assert frames is not None
+    Image.fromarray(frames[0]).save(path)
 
 
 def screenshot(path: Path, chromium: str, policies: list[str]) -> None:
     """The top of a report."""
     with TemporaryDirectory() as folder:
-        benchmark = [sys.executable, Path(__file__).parents[1] / "benchmark.py", "compare", "--workload", "hpc"]
+        benchmark: list[str | Path] = [
+            sys.executable,
+            Path(__file__).parents[1] / "benchmark.py",
+            "compare",
+            "--workload",
+            "hpc",
+        ]
         subprocess.run([*benchmark, "--policies", *policies, "--report", folder], check=True)
         page = (Path(folder) / "index.html").as_uri()
         flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1250"]
@@ -79,7 +87,7 @@ def command(args: dict[str, Any]) -> str:
     for field in fields(import_module(args["exp_name"]).Args):
         if field.name in filled_in or field.name not in args:
             continue
-        value = tuple(args[field.name]) if isinstance(args[field.name], list) else args[field.name]
+        value: Any = tuple(args[field.name]) if isinstance(args[field.name], list) else args[field.name]
         if field.name == "reference" and not value.startswith("tuned"):
             continue  # what `auto` has found
         if field.name == "reference":
@@ -106,8 +114,9 @@ def kept(compared: dict[str, Any], objective: str, day: date) -> dict[str, Any]:
     for name in (name for name in means if name.endswith(".onnx")):
         folder = Path("runs") / Path(name).parent
         args = json.loads((folder / "args.json").read_text())
-        stands_for: str | None = load_policy(str(folder)).metadata.rule  # type: ignore[union-attr]
-        named[AGENTS[args["exp_name"]]] = (name, stands_for)
+        policy = load_policy(str(folder))
+        assert isinstance(policy, OnnxPolicy)
+        named[AGENTS[args["exp_name"]]] = (name, policy.metadata.rule)
         commands.append(command(args))
     file = Path(compared["workload"]).name
     commands.append(

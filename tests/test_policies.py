@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 from policy_files import ODD_METADATA, write_policy, write_random_policy
 
 import scheduler_env as se
@@ -323,3 +324,18 @@ def test_states_that_a_policy_cannot_decide(tmp_path: Path, policy: OnnxPolicy) 
     policy.run_options.terminate = True
     with pytest.raises(PolicyError, match=r"does not run.*terminate"):
         policy.decide(small_state())
+
+
+def test_a_policy_of_before_the_rooms_decides_as_it_did() -> None:
+    """tests/data/before/cloud_ppo.onnx was trained and exported by revision 27ce463, which gave these figures."""
+    policy = load_policy(str(ROOT / "tests" / "data" / "before" / "cloud_ppo.onnx"))
+    assert isinstance(policy, OnnxPolicy) and policy.reference == "easy-sjf@57.5" and policy.metadata.rule is None
+    workload, segments = load_workload("cloud", "test", runs=1), np.array([[1_000, 1_300], [3_000, 3_300]])
+    schedules = policy.schedule(workload, segments)
+    assert [schedule.wait.mean() for schedule in schedules] == pytest.approx([120.950316, 15.076471], abs=1e-6)
+    assert [list(schedule.node[-5:]) for schedule in schedules] == [[0, 5, 5, 5, 5], [3, 5, 3, 3, 3]]
+    rule = load_policy(policy.reference).schedule(workload, segments)
+    assert [(ours.start_time != theirs.start_time).sum() for ours, theirs in zip(schedules, rule, strict=True)] == [
+        88,
+        3,
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import torch
 from learners import SMALL, begun, command, logged, run_folder, scalars, script, train
 from places import ROOT
+from places import SMALL as SMALL_TRACE
 
 import training.run
 from policies import OnnxPolicy
@@ -143,6 +145,20 @@ def test_a_checkpoint_of_a_former_version_is_gone_on_with(
     torch.save(state | {"judged": 0, "updates": 99}, run / "checkpoint.pt")
     assert command(algorithm, tmp_path, "--resume", str(run)).code == 0
     assert_equal(run, finished)
+
+
+def test_a_run_of_before_the_rooms_is_gone_on_with(tmp_path: Path, algorithm: ModuleType) -> None:
+    """tests/data/before holds runs that stopped after three of six iterations, and the losses of the other three; all
+    three files are of revision 27ce463."""
+    before, run = ROOT / "tests" / "data" / "before" / algorithm.__name__.partition("_")[0], tmp_path / "run"
+    run.mkdir()
+    args = json.loads((before / "args.json").read_text()) | {"workload": str(SMALL_TRACE)}
+    (run / "args.json").write_text(json.dumps(args))
+    (run / "checkpoint.pt").write_bytes((before / "checkpoint.pt").read_bytes())
+    result = command(algorithm, tmp_path, "--resume", str(run))
+    assert result.code == 0, result.err
+    for name, losses in json.loads((before / "losses.json").read_text()).items():
+        assert list(scalars(run, name).values()) == pytest.approx(losses, rel=1e-3, abs=1e-6), name
 
 
 def test_the_first_checkpoint_is_written_at_once_and_others_as_often_as_asked_for(
