@@ -64,14 +64,8 @@ def environment(path: Path) -> None:
 def screenshot(path: Path, chromium: str, policies: list[str]) -> None:
     """The top of a report."""
     with TemporaryDirectory() as folder:
-        benchmark: list[str | Path] = [
-            sys.executable,
-            Path(__file__).parents[1] / "benchmark.py",
-            "compare",
-            "--workload",
-            "hpc",
-        ]
-        subprocess.run([*benchmark, "--policies", *policies, "--report", folder], check=True)
+        compare: list[str | Path] = [sys.executable, ROOT / "benchmark.py", "compare", "--workload", "hpc"]
+        subprocess.run([*compare, "--policies", *policies, "--report", folder], check=True)
         page = (Path(folder) / "index.html").as_uri()
         flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1250"]
         subprocess.run([chromium, *flags, f"--screenshot={path}", page], check=True, stderr=subprocess.DEVNULL)
