@@ -77,7 +77,7 @@ def command(args: dict[str, Any]) -> str:
     A reference is `tuned`, or else what `auto` has found: args.json does not say which rules were given by hand.
     """
     words = [f"python {args['exp_name']}.py", "--workload", Path(args["workload"]).name]
-    filled_in = {"workload", "exp_name", "batch_size", "minibatch_size", "num_iterations"}
+    filled_in = {"workload", "exp_name", "run_name", "batch_size", "minibatch_size", "num_iterations"}
     for field in fields(import_module(args["exp_name"]).Args):
         if field.name in filled_in or field.name not in args:
             continue
