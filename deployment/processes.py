@@ -19,9 +19,10 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deployment.http_api import create_app
-from deployment.service import RELOAD_SECONDS, Args, Service, log
+from deployment.service import Args, Service, log
 from policies import Policy
 
+PAUSE_SECONDS = 1.0  # before a worker that has ended is replaced: it may be one that cannot live
 REQUEST_SECONDS = 10.0  # the head of a connection's first request has to arrive within
 LEAST = {
     "port": 0, "workers": 1, "deadline_ms": 0.001, "plan_budget_ms": 0.001, "record_bytes": 0, "record_files": 1,
@@ -134,8 +135,8 @@ def _work_for(args: Args, policy: Policy, seen: tuple[int, ...], token: bytes | 
 
 
 def supervise(service: Service, token: bytes | None, listener: socket.socket) -> None:
-    """Keep so many workers alive until SIGTERM or Ctrl-C. SIGHUP is for nobody here: they look for another policy every
-    second, and one that has just begun would end.
+    """Keep so many workers alive until SIGTERM or Ctrl-C. SIGHUP is for nobody here: they look for another policy
+    all the time, and one that has just begun would end.
 
     The service of this process answers nobody. It keeps the newest policy that works for workers that start when the
     file has been damaged.
@@ -158,7 +159,7 @@ def supervise(service: Service, token: bytes | None, listener: socket.socket) ->
                 worker = spawn.Process(target=_work_for, args=(args, *handed, token, listener))
                 worker.start()
                 workers.append(worker)
-            time.sleep(RELOAD_SECONDS)  # also between the deaths of workers that cannot live
+            time.sleep(PAUSE_SECONDS)
         for worker in workers:
             worker.terminate()
         for worker in workers:

@@ -223,6 +223,18 @@ async def connect(where: Connection, runtime: Runtime | None = None) -> Client:
         ) from None
 
 
+async def connect_soon(where: Connection) -> Client:
+    """`connect` to a server that has just been started: it listens a moment before it answers."""
+    until = time.monotonic() + server.START_SECONDS
+    while True:
+        try:
+            return await connect(where)
+        except ValueError:
+            if time.monotonic() > until:
+                raise
+            await asyncio.sleep(0.1)
+
+
 @asynccontextmanager
 async def reached(args: Runner) -> AsyncIterator[Client]:
     """Temporal, with --local one of its own and a worker, which end with the block."""
@@ -235,7 +247,7 @@ async def reached(args: Runner) -> AsyncIterator[Client]:
     LOCAL.parent.mkdir(exist_ok=True)
     with server.running(LOCAL, port, ui_port, LOCAL.with_suffix(".log")):
         say(f"Temporal's page: http://127.0.0.1:{ui_port}")
-        client = await connect(Connection(f"127.0.0.1:{port}", "default"))
+        client = await connect_soon(Connection(f"127.0.0.1:{port}", "default"))
         async with working(client, args.trainings):
             yield client
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+START_SECONDS = 60.0
 LAUNCH = Path(__file__).with_name("launch.py")
 
 
@@ -41,10 +42,10 @@ def free_port() -> int:
 
 @contextmanager
 def running(database: Path, port: int, ui_port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that answers, until the end of the block or of this process.
+    """A server that listens, until the end of the block or of this process.
 
     Raises:
-        OSError: it has ended, or does not answer within a minute.
+        OSError: it has ended, or does not listen within a minute.
     """
     with log.open("ab") as output:
         # A session of its own, so that Ctrl-C does not end it before those who need it.
@@ -65,7 +66,7 @@ def running(database: Path, port: int, ui_port: int, log: Path) -> Iterator[subp
 
 
 def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if server.poll() is not None:
             raise OSError(f"temporal ended with code {server.returncode}; see {log}")
@@ -73,4 +74,4 @@ def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise OSError(f"temporal does not answer on port {port}; see {log}")
+    raise OSError(f"temporal does not listen on port {port}; see {log}")

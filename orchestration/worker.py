@@ -16,6 +16,7 @@ from orchestration.workflows import SchedulerWorkflow, TestWorkflow, TrainingLoo
 
 WORKFLOWS = [TestWorkflow, SchedulerWorkflow, TrainingLoopWorkflow]
 SHORT_STEPS = 4  # side by side
+STICKY_SECONDS = 2.0  # how long a workflow waits for the worker that holds it; then another one replays it, in a moment
 
 
 @asynccontextmanager
@@ -24,14 +25,15 @@ async def working(client: Client, trainings: int) -> AsyncIterator[None]:
     is not done yet is done by the next worker."""
     options: dict[str, Any] = {
         # How late a cancellation arrives, and how late progress is shown.
-        "max_heartbeat_throttle_interval": timedelta(seconds=2),
-        "default_heartbeat_throttle_interval": timedelta(seconds=2),
+        "max_heartbeat_throttle_interval": timedelta(seconds=1),
+        "default_heartbeat_throttle_interval": timedelta(seconds=1),
         "graceful_shutdown_timeout": timedelta(seconds=GRACE_SECONDS + 3),
     }
     with ThreadPoolExecutor(SHORT_STEPS, "step") as short, ThreadPoolExecutor(trainings, "training") as long:
         general = Worker(
             client, task_queue=TASK_QUEUE, workflows=WORKFLOWS, activities=LIGHT, activity_executor=short,
-            max_concurrent_activities=SHORT_STEPS, **options,
+            max_concurrent_activities=SHORT_STEPS,
+            sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_SECONDS), **options,
         )  # fmt: skip
         training = Worker(
             client, task_queue=TRAINING_QUEUE, activities=HEAVY, activity_executor=long,

@@ -5,7 +5,7 @@ run somewhere: put it behind `workflow.patched`.
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -124,6 +124,7 @@ class TrainingLoopWorkflow:
         self.loop = loop
         self.state = "waiting"
         self.stopping = False
+        self.ending = False  # the round that runs, too
         self.current: asyncio.Task[None] | None = None  # the round that runs
         self.round: c.Round | None = None
 
@@ -200,30 +201,34 @@ class TrainingLoopWorkflow:
         """Fills in what comes of the round."""
         config = self.loop.config
         begin = c.Begin(config, workflow.info().first_execution_run_id, self.loop.done + 1)
-        begun = await self.timed(found, "beginning", short("begin_round", begin, c.Begun))
+        begun = await self.timed(found, "beginning", lambda: short("begin_round", begin, c.Begun))
         found.number, self.loop.champion = begun.number, begun.champion
         step = c.Step(config, begun.number, f"rounds/{begun.number:06d}")
-        data = await self.timed(found, "collecting", workload_of(step))
+        data = await self.timed(found, "collecting", lambda: workload_of(step))
         found.jobs = data.jobs
         numbers = range(1, config.candidates + 1)
         found.runs = [run_folder(begun.number, number) for number in numbers]
         weights = begun.champion.weights if begun.champion and config.start_from == "champion" else None
-        trainings = [
-            train(c.TrainRequest(step, data, number, run, weights))
-            for number, run in zip(numbers, found.runs, strict=True)
-        ]
-        trained = await self.timed(found, "training", asyncio.gather(*trainings, return_exceptions=True))
+
+        async def trainings() -> list[c.Candidate | BaseException]:
+            asked = [
+                c.TrainRequest(step, data, number, run, weights)
+                for number, run in zip(numbers, found.runs, strict=True)
+            ]
+            return await asyncio.gather(*map(train, asked), return_exceptions=True)
+
+        trained = await self.timed(found, "training", trainings)
         candidates = [candidate for candidate in trained if isinstance(candidate, c.Candidate)]
         if not candidates:
             raise next(error for error in trained if isinstance(error, BaseException))
         asked = c.EvaluateRequest(step, data, candidates, begun.champion)
-        found.evaluation = await self.timed(found, "evaluating", evaluate(asked))
+        found.evaluation = await self.timed(found, "evaluating", lambda: evaluate(asked))
         best = next(candidate for candidate in candidates if candidate.number == found.evaluation.candidate)
         request = c.StoreRequest(step, best, found.evaluation)
-        await self.timed(found, "storing", short("store_checkpoint", request, c.Reference))
+        await self.timed(found, "storing", lambda: short("store_checkpoint", request, c.Reference))
         found.status, found.why = "kept", found.evaluation.why
         if found.evaluation.better:
-            await self.timed(found, "promoting", self.promotion(found, begun.champion))
+            await self.timed(found, "promoting", lambda: self.promotion(found, begun.champion))
 
     async def promotion(self, found: c.Round, champion: c.Champion | None) -> None:
         """Of the round's policy, if what it was compared with is still the champion."""
@@ -236,10 +241,12 @@ class TrainingLoopWorkflow:
                 raise
             found.why = f"{line(error)}; {found.why}"
 
-    async def timed(self, found: c.Round, name: str, step: Awaitable[T]) -> T:
+    async def timed(self, found: c.Round, name: str, step: Callable[[], Awaitable[T]]) -> T:
+        if self.ending or workflow.cancellation_reason() is not None:
+            raise asyncio.CancelledError  # which the step before has swallowed, if it ended at the same moment
         self.state, began = name, workflow.time()
         try:
-            return await step
+            return await step()
         finally:
             found.seconds[name] = workflow.time() - began
 
@@ -251,7 +258,7 @@ class TrainingLoopWorkflow:
     @workflow.signal
     def stop_now(self) -> None:
         """Trainings save and end; the round is not finished."""
-        self.stopping = True
+        self.stopping = self.ending = True
         if self.current and not self.current.done():
             self.current.cancel()
 

@@ -92,12 +92,13 @@ class Temporal:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        from orchestration.client import Connection, connect_soon
         from orchestration.server import command
 
         with (self.folder / "temporal.log").open("ab") as log:
             program = command(self.folder / "temporal.db", self.port, free_port())
             self.process = subprocess.Popen(program, stdout=log, stderr=log)
-        wait_for(self.port)
+        asyncio.run(connect_soon(Connection(self.address, "default")))
 
     def kill(self) -> None:
         self.process.kill()

@@ -26,8 +26,28 @@ from orchestration_helpers import (
 
 from orchestration.store import Store
 
-KILLS = 10
+KILLS, AWAY_SECONDS = 10, 60.0
+Outage = tuple[S3, Site, Running, float]
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+    """A loop whose store goes away while it trains, and since when: the minute passes while the other tests run."""
+    folder = tmp_path_factory.mktemp("without_store")
+    temporal, s3 = Temporal(folder), S3()
+    temporal.start()
+    s3.start()
+    site = Site(folder, temporal, **environment(s3))
+    site.worker()
+    loop = Running(site, replace(SMALL, store=s3.bucket("loop"), rounds=2, total_timesteps=1_000))
+    loop.training()
+    s3.pause()
+    yield s3, site, loop, time.monotonic()
+    loop.close()
+    site.close()
+    s3.stop()
+    temporal.kill()
 
 
 @pytest.fixture
@@ -57,7 +77,7 @@ def undisturbed(temporal: Temporal, folder: Path, **settings: object) -> bytes:
 
 def test_a_worker_killed_ten_times_in_a_training(own: Temporal, tmp_path: Path) -> None:
     """Lost each time: a checkpoint's interval of work at most, and the silence until a worker is taken for dead."""
-    site = Site(tmp_path, own, STUB_SPEED="100", STUB_SILENCE="5")
+    site = Site(tmp_path, own, STUB_SPEED="100", STUB_SILENCE="3")
     settings = {"total_timesteps": 2_000}
     worker = site.worker()
     loop = Running(site, replace(SMALL, **settings))
@@ -101,52 +121,34 @@ def test_the_server_killed_and_started_again_on_its_file(own: Temporal, tmp_path
     assert policy(site) == undisturbed(own, tmp_path / "other", **settings)
 
 
-def test_the_store_away_for_a_while(own: Temporal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    s3 = S3()
-    s3.start()
-    try:
-        for name, value in environment(s3).items():
-            monkeypatch.setenv(name, value)
-        site = Site(tmp_path, own, **environment(s3))
-        site.worker()
-        loop = Running(site, replace(SMALL, store=s3.bucket("loop"), rounds=2, total_timesteps=5_000))
-        loop.training()
-        s3.pause()
-        time.sleep(60)
-        s3.go_on()
-        status = loop.result(180)
-        assert [found.status for found in status.loop.rounds] == ["promoted", "promoted"]
-        store = Store(loop.status().loop.config.store)
-        assert store.champion() == status.loop.champion
-        assert store.get(status.loop.champion.policy)
-        assert "secret-of-a-test" not in (tmp_path / "worker.log").read_text()
-        loop.close()
-        site.close()
-    finally:
-        s3.stop()
+def test_the_store_away_for_a_minute(without_store: Outage, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3, site, loop, since = without_store
+    for name, value in environment(s3).items():
+        monkeypatch.setenv(name, value)
+    time.sleep(max(0.0, since + AWAY_SECONDS - time.monotonic()))
+    assert [loop.status().loop.done, loop.status().state] == [0, "training"]  # trained, and not stored yet
+    s3.go_on()
+    status = loop.result(180)
+    assert [found.status for found in status.loop.rounds] == ["promoted", "promoted"]
+    store = Store(loop.status().loop.config.store)
+    assert store.champion() == status.loop.champion
+    assert store.get(status.loop.champion.policy)
+    assert "secret-of-a-test" not in (site.folder / "worker.log").read_text()
 
 
 def test_ctrl_c_of_everything_in_one_terminal(own: Temporal, tmp_path: Path) -> None:
-    """At any moment: nothing is left that runs."""
-    for after in (0.0, 2.0, 5.0):
-        folder = tmp_path / str(after)
+    """At any moment, the server up, the first step done, in the training: nothing is left that runs."""
+    for moment in ("runs", "runs/store", "runs/*/progress.json"):
+        name = f"local-{moment.count('/')}"
+        folder = tmp_path / name
         folder.mkdir()
-        command = [
-            sys.executable,
-            str(STUB),
-            "start",
-            "--local",
-            "--id",
-            f"local-{after}",
-            "--total-timesteps",
-            "9999999",
-        ]
+        command = [sys.executable, str(STUB), "start", "--local", "--id", name, "--total-timesteps", "9999999"]
         process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         assert "Temporal's page" in process.stderr.readline()
-        time.sleep(after)
+        eventually(lambda: any(folder.glob(moment)))  # noqa: B023
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
         assert process.returncode == 130, said
         assert "Traceback" not in said
         assert not alive(str(folder))
-        assert not alive(f"local-{after}")
+        assert not alive(name)

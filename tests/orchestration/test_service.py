@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 from orchestration_helpers import ENVIRONMENT, ROOT, SMALL, Running, Site, Temporal, free_port, wait_for
 from policy_files import write_policy
 
-PROMOTIONS = 10
+from deployment.service import RELOAD_SECONDS
+
+PROMOTIONS, CLIENTS = 10, 16
 
 
 @pytest.mark.slow
@@ -47,12 +50,18 @@ def test_no_request_fails_and_the_version_follows_within_a_second(temporal: Temp
                     await asyncio.sleep(0.05)
             return len(seen)
 
+        async def ask(over: Callable[[], bool]) -> tuple[int, int]:
+            """How many requests there were, and how many failed."""
+            states, requests, errors = load.busy_states(8, nodes), 0, 0
+            while not over():
+                seconds, failed, _ = await load.load(load.Args(port=port, clients=CLIENTS, seconds=2), states)
+                requests, errors = requests + len(seconds), errors + failed
+            return requests, errors
+
         async def both() -> tuple[int, int, int]:
-            states = load.busy_states(8, nodes)
-            asking = asyncio.create_task(load.load(load.Args(port=port, clients=16, seconds=60), states))
-            versions = await watch()
-            seconds, errors, _ = await asking
-            return versions, len(seconds), errors
+            watching = asyncio.create_task(watch())
+            requests, errors = await ask(watching.done)
+            return await watching, requests, errors
 
         versions, requests, errors = loop.do(both())
         loop.close()
@@ -63,4 +72,5 @@ def test_no_request_fails_and_the_version_follows_within_a_second(temporal: Temp
     assert versions >= PROMOTIONS
     assert requests > 500
     assert errors == 0
-    assert sorted(late)[len(late) // 2] < 1.5  # it looks once a second; on a busy machine some are later
+    assert RELOAD_SECONDS <= 0.25
+    assert sorted(late)[len(late) // 2] < 1.0, late  # a machine may be busy for a moment, not most of the time
