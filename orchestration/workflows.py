@@ -245,10 +245,9 @@ class TrainingLoopWorkflow:
         if self.ending or workflow.cancellation_reason() is not None:
             raise asyncio.CancelledError  # which the step before has swallowed, if it ended at the same moment
         self.state, began = name, workflow.time()
-        try:
-            return await step()
-        finally:
-            found.seconds[name] = workflow.time() - began
+        result = await step()
+        found.seconds[name] = workflow.time() - began
+        return result
 
     @workflow.signal
     def stop(self) -> None:

@@ -1,12 +1,14 @@
-"""A loop whose steps are canned: drift begins the next round at once, and only one."""
+"""A loop whose steps are canned: drift begins one round at once; a stop that comes together with the end of a step."""
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from orchestration_helpers import SMALL, Temporal
 from temporalio import activity
+from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client
 from temporalio.worker import Worker
 
@@ -57,3 +59,41 @@ def test_drift_begins_one_round_at_once(temporal: Temporal) -> None:
     status = asyncio.run(asyncio.wait_for(loop(), 60))
     first, second = status.loop.rounds
     assert second.began - first.ended < 30  # and not an hour
+
+
+def test_a_stop_that_comes_together_with_the_end_of_a_step_stops(temporal: Temporal) -> None:
+    """The workflow's worker is away for a moment, and finds both when it is back."""
+    begun, go_on, called = threading.Event(), threading.Event(), []
+
+    def recorded(name: str) -> Any:
+        @activity.defn(name=name)
+        def step(asked: dict[str, Any]) -> Any:
+            called.append(name)
+            begun.set()
+            go_on.wait()
+            return ANSWERS[name]
+
+        return step
+
+    async def loop() -> c.Status:
+        client = await Client.connect(temporal.address)
+        steps = [recorded(name) for name in ANSWERS]
+        queue = {"task_queue": c.TASK_QUEUE, "activity_executor": ThreadPoolExecutor(2), "activities": steps}
+        workflows = {"task_queue": c.TASK_QUEUE, "workflows": [TrainingLoopWorkflow]}
+        settings = replace(SMALL, workload="a.jsonl", rounds=0)
+        async with Worker(client, **queue):
+            async with Worker(client, **workflows):
+                handle = await client.start_workflow(
+                    "training_loop_workflow", c.Loop(settings), id="both", task_queue=c.TASK_QUEUE, result_type=c.Status
+                )
+                await asyncio.to_thread(begun.wait)
+            go_on.set()
+            completed = EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED
+            while completed not in [event.event_type for event in (await handle.fetch_history()).events]:
+                await asyncio.sleep(0.1)
+            await handle.signal("stop_now")
+            async with Worker(client, **workflows):
+                return await handle.result()
+
+    [found] = asyncio.run(asyncio.wait_for(loop(), 60)).loop.rounds
+    assert (found.status, called) == ("stopped", ["begin_round", "report_round"])
