@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,7 @@ def new_folder(workload: str, exp_name: str, seed: int) -> Path:
 
 
 def free_folder(name: str) -> Path:
-    """runs/NAME, which is still to be made.
+    """runs/NAME, which is still to be made. What a run has left that was killed before its first checkpoint is deleted.
 
     Raises:
         ValueError: there is one already, or the name is none.
@@ -32,6 +33,10 @@ def free_folder(name: str) -> Path:
     folder = Path("runs") / name
     if name in ("", ".", "..") or folder.name != name:
         raise ValueError(f"run_name is {name!r}; give a name without folders")
+    worth = ("checkpoint.pt", "progress.json", "weights.pt")  # of a run that has ended the first may have been deleted
+    if (folder / "lock").exists() and not any((folder / name).exists() for name in worth):
+        with lock(folder):
+            shutil.rmtree(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already; go on with it by --resume {folder}, or give another --run-name")
     return folder

@@ -94,6 +94,7 @@ class Run:
         self.iteration, self.speed, self.signal = 0, 0, 0
         self.worker = ThreadPoolExecutor(1)
         self.proposed: tuple[int, Future[list[Schedule]]] | None = None  # the iteration, and its replay
+        self.candidate: OnnxPolicy | None = None  # the one that was proposed last
         self.judged = -1  # the iteration that was judged last
         self.saved: int | None = None  # the number of decisions before the last checkpoint
 
@@ -125,12 +126,12 @@ class Run:
                 self.folder = new_folder(args.workload, args.exp_name, args.seed)
             else:
                 self.folder.mkdir(parents=True)
+            self.open.enter_context(lock(self.folder))
         if args.track:
             start_wandb(self.folder, asdict(args), sync_tensorboard=True, id=self.folder.name, resume="allow")
         if self.resumed:
             self.restore()
         else:
-            self.open.enter_context(lock(self.folder))
             if args.weights is not None:
                 load_networks(Path(args.weights), self.parts, self.device)
             # Until a policy is better than every rule on validation, the file stands for the best of them.
@@ -154,6 +155,8 @@ class Run:
                 training.callback(signal.signal, number, signal.signal(number, self.interrupt))
             progress = training.enter_context(Progress(*columns, console=self.console))
             bar = progress.add_task("training", total=total, completed=self.iteration)
+            if self.proposed and self.due() and self.proposed[0] < self.iteration:
+                self.judge_proposed()
             if self.due() and not self.proposed and self.judged < self.iteration:
                 self.propose()
             self.began, self.first = time.time(), self.iteration
@@ -161,8 +164,8 @@ class Run:
                 yield self.iteration
                 self.iteration += 1
                 if self.proposed and (self.due() or self.proposed[1].done()):
-                    log_validation(self.writer, validation, *self.judge_proposed())
-                if self.due():
+                    self.judge_proposed()
+                if self.due() and not self.signal:
                     self.propose()
                 if time.monotonic() - saved >= self.args.checkpoint_seconds:
                     self.checkpoint()
@@ -173,7 +176,7 @@ class Run:
                 said = f"{self.speed:,} decisions/s, best so far {validation.best:+.1%} to {validation.best_rule}"
                 progress.update(bar, advance=1, description=said)
             if self.proposed:
-                log_validation(self.writer, validation, *self.judge_proposed())
+                self.judge_proposed()
             self.checkpoint()
             with replacing(self.folder / "weights.pt") as temporary:
                 torch.save(networks(self.parts), temporary)  # in a form that `torch.load` reads without running code
@@ -186,9 +189,10 @@ class Run:
 
     def interrupt(self, number: int, _: object) -> None:
         if self.signal:
-            os._exit(128 + number)  # sys.exit would wait for the validation
+            os._exit(128 + number)
         self.signal = number
-        self.console.print("Stopping, once a validation under way has ended. Ctrl-C again: without saving what is new.")
+        self.end_replay()
+        self.console.print("Stopping, once what is new is saved. Ctrl-C again: without.")
 
     def log(self, losses: dict[str, float], learning_rate: float, episodes: list[dict[str, Any]]) -> None:
         """Of the iteration under way: its losses, and the `final_info` of the episodes that ended in it."""
@@ -207,7 +211,7 @@ class Run:
         Returns the exit code: 0 or, where a signal ended it early, 128 and its number.
         """
         args, validation, title = self.args, self.validation, self.algorithm.upper()
-        finished = self.iteration == args.iterations
+        finished = self.iteration == args.iterations and not self.proposed
         if finished:
             log_success(self.writer)
         self.writer.close()
@@ -235,23 +239,34 @@ class Run:
         self.replay_candidate(self.iteration)
 
     def replay_candidate(self, iteration: int) -> None:
-        policy = OnnxPolicy(self.folder / "candidate.onnx")
-        replay = self.worker.submit(policy.schedule, self.validation.workload, self.validation.segments)
+        self.candidate = OnnxPolicy(self.folder / "candidate.onnx")
+        replay = self.worker.submit(self.candidate.schedule, self.validation.workload, self.validation.segments)
         self.proposed = iteration, replay
 
-    def judge_proposed(self) -> tuple[dict[str, float], Schedule, int]:
-        """Wait until the replay is over; the best policy so far is policy.onnx.
+    def end_replay(self) -> None:
+        """At its next decision. A run that goes on begins it anew."""
+        if self.candidate:
+            self.candidate.run_options.terminate = True
 
-        Returns what is logged, the first replay, and the number of decisions before it.
-        """
+    def judge_proposed(self) -> None:
+        """Wait until the replay is over; the best policy so far is policy.onnx. If somebody stops the run meanwhile,
+        the policy is still proposed."""
         assert self.proposed is not None
-        (self.judged, replay), self.proposed = self.proposed, None
-        schedules, candidate = replay.result(), self.folder / "candidate.onnx"
+        iteration, replay = self.proposed
+        if self.signal:
+            self.end_replay()
+        try:
+            schedules, candidate = replay.result(), self.folder / "candidate.onnx"
+        except Exception:
+            if self.signal:
+                return
+            raise
+        self.judged, self.proposed = iteration, None
         better, metrics = self.validation.consider(schedules)
         if better:
             os.replace(candidate, self.folder / "policy.onnx")
         candidate.unlink(missing_ok=True)
-        return metrics, schedules[0], self.judged * self.args.decisions
+        log_validation(self.writer, self.validation, metrics, schedules[0], iteration * self.args.decisions)
 
     def export(self, network: nn.Module, file: str, rule: str | None) -> None:
         """Write a network into the folder; `rule`: it stands for that rule."""

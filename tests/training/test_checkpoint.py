@@ -131,6 +131,41 @@ def test_a_validation_under_way_is_not_lost(
     assert_equal(run, finished)
 
 
+@pytest.mark.parametrize("number", [6, 8])
+def test_a_stop_does_not_wait_for_a_validation(
+    finished: Path, tmp_path: Path, algorithm: ModuleType, number: int
+) -> None:
+    """That of the fourth iteration, which never ends: the stop comes in the sixth or, while the end of the eighth waits
+    for it. The run goes on as if nothing had been."""
+    usual, waited_for, main = OnnxPolicy.choices, threading.Event(), threading.main_thread().ident
+
+    def choices(policy: OnnxPolicy, *others: Any) -> Any:
+        if policy.metadata.steps == 256:
+            waited_for.wait()
+            time.sleep(0.1)
+            signal.pthread_kill(main, signal.SIGINT)
+            while not policy.run_options.terminate:
+                time.sleep(0.01)
+        return usual(policy, *others)
+
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(OnnxPolicy, "choices", choices)
+        in_iteration(change, number, lambda run: (waited_for.set(), number == 8 or wait_for_signal(run)))
+        stopped = command(algorithm, tmp_path, *SMALL[algorithm])
+    run = run_folder(tmp_path)
+    assert stopped.code == 130, stopped.err
+    state = checkpoint_of(run)
+    assert (state["iteration"], state["judged"], state["proposed"][0]) == (number, 0, 4)
+    result = command(algorithm, tmp_path, "--resume", str(run))
+    assert result.code == 0, result.err
+    assert_equal(run, finished)
+
+
+def wait_for_signal(run: Run) -> None:
+    while not run.signal:
+        time.sleep(0.01)
+
+
 def test_a_checkpoint_of_a_former_version_is_gone_on_with(
     finished: Path, tmp_path: Path, algorithm: ModuleType
 ) -> None:

@@ -35,6 +35,28 @@ def test_a_name_is_taken_once() -> None:
     assert free_folder("b") == Path("runs/b")
 
 
+def test_a_name_is_free_again_if_its_run_was_killed_before_its_first_checkpoint() -> None:
+    folder = free_folder("a")
+    folder.mkdir(parents=True)
+    alive = lock(folder)
+    (folder / "args.json").write_text("{}")
+    with pytest.raises(ValueError, match="runs/a: another process is at work on this run"):
+        free_folder("a")
+    alive.close()
+    assert free_folder("a") == folder
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "progress.json", "weights.pt"])
+def test_a_name_is_not_free_if_its_run_came_further(name: str) -> None:
+    folder = free_folder("a")
+    folder.mkdir(parents=True)
+    lock(folder).close()
+    (folder / name).write_text("")
+    with pytest.raises(ValueError, match="runs/a is there already"):
+        free_folder("a")
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/"])
 def test_a_name_is_that_of_a_folder_in_runs(name: str) -> None:
     with pytest.raises(ValueError, match="give a name without folders"):
