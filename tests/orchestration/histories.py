@@ -13,7 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-from orchestration_helpers import SMALL, Running, Site, Temporal, eventually  # noqa: E402
+from orchestration_helpers import ROOT, SMALL, Running, Site, Temporal, eventually  # noqa: E402
 
 from orchestration.config import TASK_QUEUE, Champion, Scheduled, SchedulerRequest, Settings, TrainingConfig  # noqa: E402
 
@@ -22,7 +22,10 @@ FOLDER = HERE / "histories"
 
 def keep(name: str, loop: Running, handle: Any = None) -> None:
     history = loop.do((handle or loop.handle).fetch_history())
-    (FOLDER / f"{name}.json").write_text(history.to_json())
+    text = history.to_json()
+    for folder in (ROOT, Path(sys.prefix).parent, sys.base_prefix):  # of this machine, in tracebacks
+        text = text.replace(f"{folder}/", "")
+    (FOLDER / f"{name}.json").write_text(text)
     print(name, len(history.events), "events")
 
 
