@@ -37,7 +37,7 @@ train: setup
 
 # The retraining loop in one terminal: three rounds. Others: LOOP="--workload my_cluster.swf.gz --rounds 2".
 # (One run of generated jobs says little about the longest wait: hence a wider guard than the default.)
-LOOP ?= --rounds 3 --total-timesteps 200000 --max-tail 1.5
+LOOP ?= --rounds 3 --total-timesteps 60000 --max-tail 1.5
 loop: setup setup-temporal
 	$(BIN)/python training_loop.py start --local --interval 0 $(LOOP)
 

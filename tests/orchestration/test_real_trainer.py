@@ -12,7 +12,7 @@ from orchestration_helpers import SMALL, Running, Site, Temporal, alive, eventua
 
 FLAGS = (
     "--num-envs 64 --num-steps 32 --num-minibatches 2 --num-jobs 128 --warmup-jobs 32 --followup-jobs 64 "
-    "--validation-jobs 600 --num-evaluations 2"
+    "--validation-jobs 300 --num-evaluations 2 --reference easy-sjf"
 )
 SETTINGS = replace(SMALL, jobs=2_000, total_timesteps=40_960, training_flags=FLAGS)
 
