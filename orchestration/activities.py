@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from temporalio import activity
-from temporalio.exceptions import ApplicationError, CancelledError
+from temporalio.exceptions import ApplicationError, ApplicationErrorCategory, CancelledError
 
-from orchestration.children import beating, run_child
+from orchestration.children import WORKER_ENDED, beating, run_child
 from orchestration.config import (
     USER_ERROR,
     Begin,
@@ -72,7 +72,12 @@ def step(function: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
 def later(text: str, kind: str, final: bool) -> ApplicationError:
     pause = timedelta(seconds=min(60, 2 ** min(activity.info().attempt, 6)))
     line = next((line for line in text.splitlines() if line.strip()), text)
-    return ApplicationError(line[:500], type=kind, non_retryable=final, next_retry_delay=None if final else pause)
+    # The worker's log has no traceback of what is nobody's fault in the code.
+    harmless = final or kind == WORKER_ENDED
+    category = ApplicationErrorCategory.BENIGN if harmless else ApplicationErrorCategory.UNSPECIFIED
+    return ApplicationError(
+        line[:500], type=kind, non_retryable=final, next_retry_delay=None if final else pause, category=category
+    )
 
 
 def loop_folder() -> Path:

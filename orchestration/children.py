@@ -26,6 +26,7 @@ COMMANDS = {
 }  # each runs in the worker's Python
 BEAT_SECONDS, POLL_SECONDS = 1.0, 0.2
 GRACE_SECONDS = 7.0  # to save and end after Ctrl-C; a stop is promised within ten
+WORKER_ENDED = "WorkerEnded"  # the type of the error; the next worker goes on
 PASSING = ("No space left", "make room", "another process is at work")  # exit code 2 too, but it passes
 
 
@@ -75,6 +76,8 @@ def run_child(name: str, arguments: list[str], log: Path) -> None:
         child.wait()
     if activity.is_cancelled():
         raise CancelledError(f"{name} was stopped")
+    if child.returncode and activity.is_worker_shutdown():
+        raise ApplicationError(f"{name} was stopped, since the worker ends", type=WORKER_ENDED)
     if child.returncode:
         raise failure(child.returncode, last_line(log))
 

@@ -82,11 +82,12 @@ def test_without_a_surely_better_candidate_the_champion_stays(site: Site, start:
     assert store(site).champion().round == 1
 
 
-def test_a_users_mistake_ends_the_round_with_its_line_and_the_loop_goes_on(start: Any) -> None:
+def test_a_users_mistake_ends_the_round_with_its_line_and_the_loop_goes_on(start: Any, site: Site) -> None:
     loop = start(rounds=2, workload="nowhere.swf")
     rounds = loop.result().loop.rounds
     assert [found.status for found in rounds] == ["failed", "failed"]
     assert rounds[0].why.startswith("nowhere.swf: no such file or preset; the presets are cloud")
+    assert "Traceback" not in (site.folder / "worker.log").read_text()
 
 
 def test_exit_code_2_is_not_tried_again(start: Any) -> None:
@@ -176,6 +177,7 @@ def test_a_worker_that_is_told_to_end_saves_and_the_next_one_goes_on(start: Any,
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) in (0, 130)
     assert not alive(run.name)
+    assert "Traceback" not in (site.folder / "worker.log").read_text()
     site.worker()
     assert loop.result().loop.rounds[0].status == "promoted"
     (_, first), *more = (line.split() for line in (run / "pids").read_text().splitlines())
