@@ -35,7 +35,7 @@ train: setup
 	$(BIN)/python benchmark.py compare $(COMPARE) --policies fifo easy-fifo sjf saf easy-sjf easy-saf \
 		$$(ls -td runs/*__ppo_scheduler__*/ | head -1)policy.onnx
 
-# The retraining loop in one terminal: three rounds. Others: LOOP="--workload my_cluster.swf.gz --rounds 2".
+# The retraining loop in one terminal: three short rounds, five minutes of processor time. Others: LOOP="--workload my_cluster.swf.gz --rounds 2".
 # (One run of generated jobs says little about the longest wait: hence a wider guard than the default.)
 LOOP ?= --rounds 3 --total-timesteps 60000 --max-tail 1.5
 loop: setup setup-temporal

@@ -61,6 +61,7 @@ def run(args: Any) -> int:
     try:
         if isinstance(args, client.Server):
             serve(args)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started it with &
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         asyncio.run(dict(COMMANDS.values())[type(args)](args))
     except (RPCError, WorkflowQueryFailedError) as error:

@@ -1,6 +1,7 @@
 """Workers, the server and the store die and come back; what comes out is the same, byte for byte."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -134,6 +135,19 @@ def test_the_store_away_for_a_minute(without_store: Outage, monkeypatch: pytest.
     assert store.champion() == status.loop.champion
     assert store.get(status.loop.champion.policy)
     assert "secret-of-a-test" not in (site.folder / "worker.log").read_text()
+
+
+def test_sigterm_of_one_that_a_shell_has_started_in_the_background(tmp_path: Path) -> None:
+    """Ctrl-C is ignored then."""
+    command = f"{sys.executable} {STUB} start --local --id background & echo $!; wait $!"
+    shell = subprocess.Popen(
+        ["sh", "-c", command], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "Temporal's page" in shell.stderr.readline()
+    os.kill(int(shell.stdout.readline()), signal.SIGTERM)
+    shell.communicate(timeout=60)
+    assert shell.returncode == 130
+    assert not alive("--id background")
 
 
 def test_ctrl_c_of_everything_in_one_terminal(own: Temporal, tmp_path: Path) -> None:
