@@ -50,9 +50,9 @@ class RunArgs:
     on training and validation; tuned: one that is fitted to the training jobs first"""
     tune_generations: int = 50
     """how long to fit a tuned one"""
-    patience: float = 4.0
-    """a job that waits for longer than so many times the longest wait under EASY-FIFO on the training split goes first;
-    0: no such thing. A rule with a patience of its own keeps it, a tuned one has twice that wait"""
+    patience: float = 0.8
+    """a job that has waited for this share of the longest accepted wait (see max_longest) goes first; 0: no such thing.
+    A rule with a patience of its own keeps it"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""
     num_jobs: int = 512
@@ -80,8 +80,10 @@ class RunArgs:
     validation_jobs: int = 65_000
     """at most so many jobs are replayed, all loads together"""
     max_tail: float = 1.2
-    """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's), the
-    longest three times as many"""
+    """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's)"""
+    max_longest: float = 3.6
+    """nobody may wait on validation for longer than so many times the longest wait under EASY-FIFO, on training or on
+    validation"""
 
     # Every learner has these, each with a default and a meaning of its own, among its algorithm's: see its script
     total_timesteps: int = 0
@@ -110,7 +112,7 @@ def check(args: RunArgs, **least: int) -> None:
     Raises:
         ValueError: a flag is out of its range.
     """
-    ranges = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "checkpoint_seconds": 0}
+    ranges = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "max_longest": 1, "checkpoint_seconds": 0}
     for name, value in {**ranges, **least}.items():
         if not getattr(args, name) >= value:  # nor is NaN
             raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
