@@ -40,8 +40,8 @@ LOAD = 2.0  # more work arrives than the cluster can do, its overhead included, 
 BURST = 200  # jobs of a burst in the training trace
 # Bursts end: a longer tail than is wise for a queue that never empties is allowed.
 TRAINING = (
-    "--objective wait --num-jobs 100 --warmup-jobs 50 --followup-jobs 50 --validation-loads 1.0 --max-tail 1.5 "
-    "--reference easy-saf"
+    "--objective wait --num-jobs 100 --warmup-jobs 50 --followup-jobs 50 --validation-loads 1.0 "
+    "--max-tail 1.5 --max-longest 4.5 --reference easy-saf"
 ).split()
 
 
