@@ -11,9 +11,11 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from workloads.reading import Reading
+
 
 @dataclass
-class RunArgs:
+class RunArgs(Reading):
     exp_name: str = "run"
     """the name of this experiment"""
     seed: int = 1
@@ -38,7 +40,7 @@ class RunArgs:
     """a checkpoint is written after the first iteration and then every so many seconds: what a kill may cost"""
 
     workload: str = "cloud"
-    """cloud, hpc, manufacturing, datacenter, tasks, or the path of a trace (.swf, .swf.gz, .jsonl)"""
+    """a preset (cloud, hpc, manufacturing, datacenter, tasks), or the path of a trace or table (.swf, .csv, ...)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
     learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None

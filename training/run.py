@@ -49,6 +49,7 @@ from training.validation import TAILS, Validation
 from workloads.files import replacing, write_json
 from workloads.jobs import at_loads
 from workloads.load import load_workload
+from workloads.reading import quoted
 
 
 class Run:
@@ -80,7 +81,7 @@ class Run:
         torch.manual_seed(args.seed)
         torch.set_num_threads(1)  # the other cores are for the simulator, and for the halves of an update
         torch.backends.cudnn.deterministic = args.torch_deterministic
-        workload = load_workload(args.workload, "train")
+        workload = load_workload(args.workload, "train", args)
         workload.report()
         self.validation = Validation(args, workload, self.console)
         args.reference = self.validation.reference
@@ -233,8 +234,8 @@ class Run:
         else:
             policies = *dict.fromkeys(("fifo", "easy-fifo", validation.best_rule)), str(self.folder / "policy.onnx")
             self.say(
-                f"Compare on the test split: python benchmark.py compare --workload {shlex.quote(args.workload)} "
-                f"--objective {args.objective} --policies {shlex.join(policies)}"
+                f"Compare on the test split: python benchmark.py compare --workload {shlex.quote(args.workload)}"
+                f"{quoted(args.flags())} --objective {args.objective} --policies {shlex.join(policies)}"
             )
         return 0 if finished else 128 + self.signal
 

@@ -62,7 +62,7 @@ class Validation:
 
     def __init__(self, args: RunArgs, training: Workload, console: Console) -> None:
         self.args, self.training = args, training
-        self.workload = at_loads(load_workload(args.workload, "validation"), args.validation_loads)
+        self.workload = at_loads(load_workload(args.workload, "validation", args), args.validation_loads)
         self.segments = some_runs(self.workload.segments, args.validation_jobs, len(args.validation_loads))
         known = [name for name in RULES if name != "tetris" or not args.lock_in]  # lock_in needs an order of jobs
         self.rules = {self.yardstick: self.judge_rule(self.yardstick, self.workload, self.segments)}
