@@ -177,6 +177,7 @@ class SlurmJob:
     cpus: int
     priority: int = 0
     nice: int = 0
+    endless: bool = False  # it has no time limit, and `limit` stands for that
     left_alone: str = ""  # why a pending job is not ordered, "" if it is
 
     @property
@@ -217,6 +218,7 @@ def job_from_rest(record: dict[str, Any]) -> SlurmJob:
         start=0.0 if state in PENDING else number(record.get("start_time")) or 0.0,
         end=(number(record.get("end_time")) or 0.0) if state in FINISHED else 0.0,
         limit=60.0 * minutes if minutes else FOREVER,
+        endless=not minutes,
         cpus=int(number(record.get("cpus")) or 1),
         priority=int(number(record.get("priority")) or 0),
         nice=int(number(record.get("nice")) or 0),
@@ -240,6 +242,7 @@ def job_from_accounting(record: dict[str, Any]) -> SlurmJob:
         start=number(times.get("start")) or 0.0,
         end=number(times.get("end")) or 0.0,
         limit=60.0 * minutes if minutes else FOREVER,
+        endless=not minutes,
         cpus=int(counts.get("cpu") or number(record.get("required", {}).get("CPUs")) or 0),
     )
 
