@@ -12,8 +12,9 @@ from workloads.reading import Reading
 from workloads.records import read_decisions
 from workloads.saved import read_saved
 from workloads.swf import jobs_from_swf, read_swf
+from workloads.tables import is_table, read_table
 
-FORMATS = (".swf", ".jsonl", ".npz")
+FORMATS = (".swf", ".jsonl", ".npz", ".csv", ".tsv", ".parquet")
 
 
 def workload_name(workload: str) -> str:
@@ -36,8 +37,8 @@ def load_workload(
     """The named split of a preset or of a trace.
 
     Args:
-        name: one of PRESETS, or the path of an SWF trace, plain or compressed, of what serve.py has recorded (.jsonl),
-            or of a saved workload (.npz).
+        name: one of PRESETS, or the path of an SWF trace or a table (.csv, .parquet), plain or compressed, of what
+            serve.py has recorded (.jsonl), or of a saved workload (.npz).
         split: "train", "validation", "test", or "all" of them. A trace is cut by order of submission at 60 % and 70 %;
             the splits of a preset have disjoint seeds.
         reading: how the file is read.
@@ -70,4 +71,6 @@ def _read(name: str, reading: Reading) -> Trace:
     if name.endswith(".jsonl"):
         reading.refuse(name)
         return read_decisions(name)
+    if is_table(name, reading):
+        return read_table(name, reading)
     return jobs_from_swf(read_swf(name, reading), reading)

@@ -2,12 +2,13 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from workloads.jobs import WorkloadError
 
+MILLISECONDS = 1e11  # a time of more seconds is none (the service's contract says the same)
 MOST_BAD = 0.01  # of the lines: with more it is the file that is wrong
 
 
@@ -20,6 +21,13 @@ class Reading:
     partition: str | None = None
     """take the jobs of this partition alone (SWF: its number in field 16 or, where that is always the same, the
     queue's in field 15)"""
+
+    columns: tuple[str, ...] = ()
+    """what the columns of a table are, as in submit=creation_time end=deletion_time demand.cpu=cpu_milli/1000; or a
+    file that says so (YAML); or a format that is known by name: openb, philly"""
+    nodes: tuple[str, ...] = ()
+    """the cluster of a table or a partition: a table of its nodes, or kinds of nodes, with their number and perhaps
+    their speed, as in 3xcpu=32,memory=128 2xcpu=64,memory=256@1.6"""
 
     def flags(self) -> list[str]:
         """These flags as words of a command line, but for those that say what is the default."""
@@ -41,6 +49,16 @@ class Reading:
             raise WorkloadError(f"{name}: {flags} means nothing for this kind of workload; leave it out")
 
 
+def pooled(by: str, counts: Mapping[str, int]) -> list[str]:
+    """A note, where the jobs of several partitions (or queues: `by`) are taken for those of one machine."""
+    if len(counts) < 2:
+        return []
+    largest = sorted(counts, key=lambda name: -counts[name])[:4]
+    named = ", ".join(f"{name} ({counts[name]:,} jobs)" for name in largest) + ", ..." * (len(counts) > 4)
+    own = "if each has its own, take one with --partition"
+    return [f"{len(counts)} {by}s in one pool: {named}; {own}"]
+
+
 class BadLine(NamedTuple):
     """A line that makes no sense."""
 
@@ -57,7 +75,7 @@ def judge_bad_lines(
     Raises:
         WorkloadError: there are bad lines, and nobody has said that they may be left out, or they are too many.
     """
-    bad = sorted(bad)
+    bad = sorted({line.line: line for line in reversed(bad)}.values())  # the first of each line
     if not bad:
         return {}, []
     few = len(bad) <= MOST_BAD * total

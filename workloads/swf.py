@@ -13,7 +13,8 @@ import numpy as np
 from workloads.compressed import read_bytes
 from workloads.files import replacing
 from workloads.jobs import DAY, Cluster, Jobs, Trace, WorkloadError, most_at_once
-from workloads.reading import BadLine, Reading, judge_bad_lines
+from workloads.nodes import nodes_of
+from workloads.reading import MILLISECONDS, BadLine, Reading, judge_bad_lines, pooled
 
 # fmt: off
 SWF_FIELDS = (
@@ -28,7 +29,6 @@ PARTIAL = (2, 3, 4)  # status of the parts of a checkpointed job
 SWF_LEAST_FIELDS = 9  # nothing that a scheduler needs comes after the requested time
 
 
-MILLISECONDS = 1e11  # a time of more seconds is none (the service's contract says the same)
 CENTURY = 100 * 365 * DAY
 
 
@@ -239,8 +239,8 @@ def _unusable(records: np.ndarray) -> dict[str, np.ndarray]:
 def jobs_from_swf(swf: SWF, reading: Reading | None = None) -> Trace:
     """The trace's jobs by submit time, its machine as one node, how many lines were skipped, and what else to say.
 
-    The machine has MaxProcs processors, else MaxNodes, else as many as the largest job asks for. That of a single
-    partition has as many as ever were in use at once.
+    The machine has as many processors as `--nodes` says, else MaxProcs, else MaxNodes, else those of the largest job.
+    A single partition has as many as ever were in use at once.
 
     Raises:
         WorkloadError: no job is left, or no such partition.
@@ -260,9 +260,16 @@ def jobs_from_swf(swf: SWF, reading: Reading | None = None) -> Trace:
         notes += _pooled(swf, keep)
     else:
         keep = _of_partition(swf, keep, reading.partition)
+    if reading.nodes:
+        machine = float((nodes_of(reading.nodes, ("processors",))[0]).sum())
+        if (largest := processors[keep].max()) > machine:
+            raise WorkloadError(f"{swf.path}: --nodes: {machine:g} processors, and a job has {largest:g}; give more")
+    elif reading.partition is not None:
         machine = _largest_use(swf, keep)
         size = f"taken for {machine:g} processors, the most in use at once"
-        notes.append(f"partition {reading.partition}: its size is not in the file; {size}")
+        notes.append(
+            f"partition {reading.partition}: its size is not in the file; {size}; --nodes 1xprocessors=N says otherwise"
+        )
     keep = keep[np.argsort(submit_time[keep], kind="stable")]
     if np.ptp(submit_time[keep]) > CENTURY:
         problem = "more than 100 years from the first job to the last; give all times in seconds"
@@ -313,10 +320,7 @@ def _pooled(swf: SWF, keep: np.ndarray) -> list[str]:
     if len(counts) <= 1:
         said = {key: _first_integer(swf.header.get(f"max{key}s", "")) for key in ("partition", "queue")}
         return [f"{n} {key}s, its header says, but no line says which" for key, n in said.items() if n > 1][:1]
-    largest = sorted(counts, key=lambda number: -counts[number])[:4]
-    named = ", ".join(f"{number:g} ({counts[number]:,} jobs)" for number in largest) + ", ..." * (len(counts) > 4)
-    own = "if each has its own, take one with --partition N"
-    return [f"{len(counts)} {by}s in one pool of processors: {named}; {own}"]
+    return pooled(by, {f"{number:g}": count for number, count in counts.items()})
 
 
 def _of_partition(swf: SWF, keep: np.ndarray, partition: str) -> np.ndarray:

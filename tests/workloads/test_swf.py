@@ -326,14 +326,16 @@ def test_partitions_are_one_pool_only_with_a_warning(tmp_path):
     path = trace(tmp_path, *lines, parted(99, 5, 1, 1, 2))
     pool = load_workload(path, "all")
     assert pool.notes == [
-        "2 partitions in one pool of processors: 2 (11 jobs), 1 (10 jobs); "
-        "if each has its own, take one with --partition N"
+        "2 partitions in one pool: 2 (11 jobs), 1 (10 jobs); if each has its own, take one with --partition"
     ]
     assert pool.cluster.capacity.tolist() == [[128]]
     one, two = (load_workload(path, "all", Reading(partition=name)) for name in ("1", "2"))
     assert (one.cluster.capacity.tolist(), len(one.jobs)) == ([[8]], 10)
     assert (two.cluster.capacity.tolist(), two.jobs.demand[:, 0].tolist()) == ([[4]], [3, 1, *[3] * 9])
-    assert two.notes == ["partition 2: its size is not in the file; taken for 4 processors, the most in use at once"]
+    assert two.notes == [
+        "partition 2: its size is not in the file; taken for 4 processors, the most in use at once; "
+        "--nodes 1xprocessors=N says otherwise"
+    ]
     with pytest.raises(WorkloadError, match="--partition 3: no job has this partition; there are 1, 2"):
         load_workload(path, "all", Reading(partition="3"))
 
@@ -341,7 +343,7 @@ def test_partitions_are_one_pool_only_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("header", "partitions", "queues", "said"),
     [
-        ("; MaxQueues: 7", [1, 1], [0, 3], "2 queues in one pool of processors: 0 (1 jobs), 3 (1 jobs); if each has"),
+        ("; MaxQueues: 7", [1, 1], [0, 3], "2 queues in one pool: 0 (1 jobs), 3 (1 jobs); if each has"),
         ("; MaxPartitions: 3", [-1, -1], [-1, -1], "3 partitions, its header says, but no line says which"),
         ("; MaxQueues: 3", [-1, -1], [1, 1], "3 queues, its header says, but no line says which"),
         ("; MaxQueues: 1", [-1, 1], [1, 1], ""),
