@@ -365,7 +365,7 @@ class Agent:
         self.metrics.own.observe(time.perf_counter() - own - (self.slurm.seconds - waiting))
 
     def look_at_nodes(self) -> None:
-        self.processors = processors_in_use(self.slurm.nodes(), self.args.partition)
+        self.processors = processors_in_use(self.slurm.nodes(), self.args.partition, self.slurm.listings["nodes"])
         if not self.processors:
             which = f" of partition {self.args.partition}" if self.args.partition else ""
             self.complain(f"no node{which} takes jobs, so no job is ordered; sinfo shows partitions and nodes")

@@ -285,8 +285,8 @@ def _left_alone(record: dict[str, Any]) -> str:
     return "begin time" if reason == "BeginTime" else ""
 
 
-def processors_in_use(nodes: Iterable[dict[str, Any]], partition: str | None) -> int:
-    """CPUs of the nodes that take jobs, and those still taken on nodes that do not any more.
+def processors_in_use(nodes: Iterable[dict[str, Any]], partition: str | None, asked: str = "nodes") -> int:
+    """CPUs of the nodes that take jobs, and those still taken on nodes that do not any more; `asked`: for messages.
 
     Raises:
         NotUnderstood: a node is not as expected.
@@ -295,7 +295,7 @@ def processors_in_use(nodes: Iterable[dict[str, Any]], partition: str | None) ->
         ours = [node for node in nodes if partition is None or partition in node.get("partitions", ())]
         return sum(map(_processors_of, ours))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise NotUnderstood(f"GET nodes: a node that is not as expected ({error!r})") from None
+        raise NotUnderstood(f"GET {asked}: HTTP 200, a node that is not as expected ({error!r})") from None
 
 
 def _processors_of(node: dict[str, Any]) -> int:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd  # half a second to import: where a table is read, and nowhere else
 
 MOMENTS, DURATIONS = ("submit", "start", "end"), ("duration", "limit")  # roles of columns that may be texts
+# As Kubernetes and others write amounts: 500m, 16Gi
+UNITS = {"m": 1e-3, "k": 1e3} | {letter: 1e3 ** (k + 1) for k, letter in enumerate("KMGTP")}
+UNITS |= {f"{letter}i": 1024.0 ** (k + 1) for k, letter in enumerate("KMGTP")}
 SHOWN = 12  # columns that a message names
 
 
@@ -133,7 +136,7 @@ def evaluate(path: str, frame: pd.DataFrame, role: str, expression: str) -> tupl
 
 
 def _numbers(series: pd.Series, role: str) -> tuple[np.ndarray, np.ndarray]:
-    """float64[N]: numbers as they are, moments in seconds since 1970, durations in seconds; bool[N]: others."""
+    """float64[N]: numbers and amounts, moments in seconds since 1970, durations in seconds; bool[N]: others."""
     import pandas as pd
     from pandas.api import types
 
@@ -154,6 +157,9 @@ def _numbers(series: pd.Series, role: str) -> tuple[np.ndarray, np.ndarray]:
         found[rest] = ((moments - pd.Timestamp(0, tz="UTC")) / second).to_numpy(float)
     elif rest.any() and role in DURATIONS:
         found[rest] = (pd.to_timedelta(text[rest], errors="coerce") / second).to_numpy(float)
+    elif rest.any() and role not in MOMENTS:
+        parts = text[rest].str.extract(r"^([0-9.]+)\s*(m|[kKMGTP]|[KMGTP]i)B?$")
+        found[rest] = (pd.to_numeric(parts[0], errors="coerce") * parts[1].map(UNITS)).to_numpy(float)
     return found, np.isnan(found) & ~empty
 
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from workloads.jobs import WorkloadError
+import numpy as np
+
+from workloads.jobs import DAY, WorkloadError
 
 MILLISECONDS = 1e11  # a time of more seconds is none (the service's contract says the same)
+LONGEST = 20 * 365 * DAY  # seconds that a trace may span; in milliseconds a week
 MOST_BAD = 0.01  # of the lines: with more it is the file that is wrong
 
 
@@ -47,6 +50,16 @@ class Reading:
         if given:
             flags = ", ".join("--" + field.replace("_", "-") for field in given)
             raise WorkloadError(f"{name}: {flags} means nothing for this kind of workload; leave it out")
+
+
+def check_span(where: str, submit_time: np.ndarray) -> None:
+    """
+    Raises:
+        WorkloadError: the jobs would have been submitted over decades, so that it is no seconds that are counted.
+    """
+    if np.ptp(submit_time) > LONGEST:
+        years = f"{LONGEST / DAY / 365:.0f} years"
+        raise WorkloadError(f"{where}: more than {years} from the first job to the last; give all times in seconds")
 
 
 def pooled(by: str, counts: Mapping[str, int]) -> list[str]:

@@ -12,9 +12,9 @@ import numpy as np
 
 from workloads.compressed import read_bytes
 from workloads.files import replacing
-from workloads.jobs import DAY, Cluster, Jobs, Trace, WorkloadError, most_at_once
+from workloads.jobs import Cluster, Jobs, Trace, WorkloadError, most_at_once
 from workloads.nodes import nodes_of
-from workloads.reading import MILLISECONDS, BadLine, Reading, judge_bad_lines, pooled
+from workloads.reading import MILLISECONDS, BadLine, Reading, check_span, judge_bad_lines, pooled
 
 # fmt: off
 SWF_FIELDS = (
@@ -27,9 +27,6 @@ SWF_TIMES, SWF_IDENTIFIERS = [1, 2, 3, 8], [0, 11, 12, 13, 14]  # columns
 SUBMIT, STATUS, QUEUE, PARTITION = 1, 10, 14, 15  # columns
 PARTIAL = (2, 3, 4)  # status of the parts of a checkpointed job
 SWF_LEAST_FIELDS = 9  # nothing that a scheduler needs comes after the requested time
-
-
-CENTURY = 100 * 365 * DAY
 
 
 @dataclass(frozen=True)
@@ -271,9 +268,7 @@ def jobs_from_swf(swf: SWF, reading: Reading | None = None) -> Trace:
             f"partition {reading.partition}: its size is not in the file; {size}; --nodes 1xprocessors=N says otherwise"
         )
     keep = keep[np.argsort(submit_time[keep], kind="stable")]
-    if np.ptp(submit_time[keep]) > CENTURY:
-        problem = "more than 100 years from the first job to the last; give all times in seconds"
-        raise WorkloadError(f"{swf.path}: field 2 (submit time): {problem}")
+    check_span(f"{swf.path}: field 2 (submit time)", submit_time[keep])
     column = dict(zip(SWF_FIELDS, swf.records[keep].T, strict=True))
     jobs = Jobs(
         submit_time=column["submit time"],

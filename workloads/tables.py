@@ -21,7 +21,7 @@ from workloads.compressed import ENDINGS
 from workloads.frames import DURATIONS, MOMENTS, bad_rows, columns_of, evaluate, read_frame, texts
 from workloads.jobs import Cluster, Jobs, Trace, WorkloadError, most_at_once
 from workloads.nodes import nodes_of
-from workloads.reading import MILLISECONDS, BadLine, Reading, judge_bad_lines, pooled
+from workloads.reading import MILLISECONDS, BadLine, Reading, check_span, judge_bad_lines, pooled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,8 +82,9 @@ def read_table(path: str, reading: Reading) -> Trace:
     column: dict[str, np.ndarray] = {}
     for role, expression in mapping.items():
         if role in (*MOMENTS, *DURATIONS, "nodes") or role.startswith("demand."):
+            form = ", and no time as 2024-03-01T08:00:00" if role in MOMENTS else ""
             column[role], wrong = evaluate(path, frame, role, expression)
-            bad += bad_rows(lines, wrong, "no number", f"{role}={expression} is no number or time")
+            bad += bad_rows(lines, wrong, "no number", f"{role}={expression} is no number{form}")
     named = {role: texts(path, frame, role, mapping[role]) for role in NAMED_BY if role in mapping}
     if "duration" not in column:
         column["duration"] = column["end"] - column["start" if "start" in column else "submit"]
@@ -111,6 +112,7 @@ def read_table(path: str, reading: Reading) -> Trace:
         notes.append(f"the cluster is one node with {amounts}, the most in use at once; --nodes gives its own")
     some, used = capacity.any(axis=1), capacity.any(axis=0)  # a resource that no node has nobody who is left demands
     cluster = Cluster(capacity[some][:, used], speed[some], tuple(np.array(resources)[used].tolist()))
+    check_span(f"{path}: submit={mapping['submit']}", column["submit"][keep])
     run_time, limit = column["duration"], column.get("limit", np.zeros(len(frame)))
     jobs = Jobs(
         submit_time=column["submit"],

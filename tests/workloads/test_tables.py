@@ -183,12 +183,12 @@ GOOD = "submit,start,end,cpu\n" + "0,1,2,3\n" * 400
 @pytest.mark.parametrize(
     ("row", "reason", "problem"),
     [
-        ("x,1,2,3", "no number", "submit=submit is no number or time"),
-        ("0,1,2,many", "no number", "demand.cpu=cpu is no number or time"),
+        ("x,1,2,3", "no number", "submit=submit is no number, and no time as 2024-03-01T08:00:00"),
+        ("0,1,2,many", "no number", "demand.cpu=cpu is no number"),
         (",1,2,3", "no submit time", "submit=submit is empty"),
         ("0,5,2,3", "negative time", "it ends before it starts"),
         ("0,1,2,-3", "negative amount", "a demand is negative"),
-        ("0,1,2,inf", "no number", "demand.cpu=cpu is no number or time"),
+        ("0,1,2,inf", "no number", "demand.cpu=cpu is no number"),
         ("1700000000000,1,2,3", "no time in seconds",
          "submit=submit: no time in seconds, of milliseconds it seems; write submit/1000"),
         ("0,1,2,3,4", "too many fields", "5 fields where line 1 has 4"),
@@ -206,6 +206,19 @@ def test_bad_rows_are_named_or_left_out(tmp_path: Path, row: str, reason: str, p
     assert workload.notes[-1] == f"bad lines left out, such as line 101: {problem.partition(';')[0]}"
     with pytest.raises(WorkloadError, match=r"\(9 bad lines of \d+; --skip-bad-lines leaves out 1% at most\)$"):
         table(tmp_path, text + f"{row}\n" * 8, skip_bad_lines=True)
+
+
+def test_amounts_with_units(tmp_path: Path) -> None:
+    """As Kubernetes writes them; bytes, or what an expression makes of them."""
+    rows = "submit,duration,cpu,memory\n0,60,500m,16Gi\n1,60,2,512 MiB\n2,60,0.25,1.5GB\n"
+    columns = ("submit=submit", "duration=duration", "demand.cpu=cpu", "demand.memory=memory/1073741824")
+    workload = table(tmp_path, rows, *columns, nodes=nodes(tmp_path, "cpu,memory\n4000m,64\n"))
+    assert workload.jobs.demand[:, 0].tolist() == [0.5, 2, 0.25] and workload.cluster.capacity.tolist() == [[4, 64]]
+    assert workload.jobs.demand[:, 1].tolist() == [16, 0.5, 1.5e9 / 2**30]
+    with pytest.raises(WorkloadError, match=r"line 2: demand.cpu=cpu is no number; correct"):
+        table(tmp_path, "submit,start,end,cpu\n0,1,2,3Q\n")
+    with pytest.raises(WorkloadError, match=r"submit=submit: more than 20 years from the first job to the last; give"):
+        table(tmp_path, "submit,start,end,cpu\n0,1,2,3\n700000000,700000001,700000002,3\n")
 
 
 def test_rows_that_are_no_jobs_yet(tmp_path: Path) -> None:
