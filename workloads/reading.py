@@ -15,7 +15,7 @@ LONGEST = 20 * 365 * DAY  # seconds that a trace may span; in milliseconds a wee
 MOST_BAD = 0.01  # of the lines: with more it is the file that is wrong
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Reading:
     """What somebody has to say of a trace, besides where it is. Commands inherit it, and pass themselves."""
 

@@ -359,7 +359,8 @@ def test_policies_are_put_beside_what_is_published_for_their_semantics(
 )
 def test_every_command_takes_the_flags_of_reading(kind: type[Reading]) -> None:
     """And they can be written down again, as words of a command line; what is not given is not written."""
-    given = Reading(True, "2", ("openb", "demand.cpu=cpu_milli/1000"), ("3xcpu=32,memory=128", "1xcpu=8"))
+    columns, nodes = ("openb", "demand.cpu=cpu_milli/1000"), ("3xcpu=32,memory=128", "1xcpu=8")
+    given = Reading(skip_bad_lines=True, partition="2", columns=columns, nodes=nodes)
     args = tyro.cli(kind, args=["--workload", "jobs.csv", *given.flags()])
     assert args.flags() == given.flags() and (args.columns, args.nodes) == (given.columns, given.nodes)
     assert tyro.cli(kind, args=[]).flags() == []
