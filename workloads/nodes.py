@@ -32,7 +32,11 @@ def nodes_of(
                 values[name] = np.ones(len(frame))
                 continue
             values[name], wrong = evaluate(words[0], frame, f"node.{name}", expression)
-            bad += bad_rows(lines, wrong | (values[name] < 0), "no number", f"node.{name}={expression} is no amount")
+            if name == "count":
+                wrong |= ~(values[name] >= 0) | (values[name] % 1 != 0)
+            elif name == "speed":
+                wrong |= ~(values[name] > 0)
+            bad += bad_rows(lines, wrong | (values[name] < 0), "no number", f"node.{name}={expression} makes no sense")
         judge_bad_lines(words[0], bad, len(frame), Reading())
         capacity = np.nan_to_num(np.stack([values[name] for name in resources], axis=1))
         count, speed = values["count"].astype(int), values["speed"]
@@ -56,6 +60,8 @@ def _kind(word: str, resources: Sequence[str]) -> tuple[int, list[float], float]
             raise ValueError
         amounts = {name.strip(): float(amount) for name, amount in (part.split("=") for part in found[2].split(","))}
         speed = float(found[3] or 1)
+        if not speed > 0 or not all(amount >= 0 for amount in amounts.values()):
+            raise ValueError
     except ValueError:
         raise WorkloadError(f"--nodes {word}: no such file, and no kind of nodes as 3xcpu=32,memory=128@1.6") from None
     if unknown := [name for name in amounts if name not in resources]:

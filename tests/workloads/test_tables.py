@@ -262,6 +262,7 @@ def test_what_is_no_table_of_jobs(tmp_path: Path, text: str | bytes, columns: tu
         ({"columns": ("nodes.csv",)}, "--columns nodes.csv: no mapping in YAML, as in `submit: creation_time` ("),
         ({"nodes": ("nowhere.csv",)}, "--nodes nowhere.csv: no such file, and no kind of nodes as 3xcpu=32,memory="),
         ({"nodes": ("3xcpu=many",)}, "--nodes 3xcpu=many: no such file, and no kind of nodes"),
+        ({"nodes": ("3xcpu=4@0",)}, "--nodes 3xcpu=4@0: no such file, and no kind of nodes"),
         ({"nodes": ("3xram=4",)}, "--nodes 3xram=4: ram is nothing that jobs demand; that is cpu, memory, gpu"),
         ({"nodes": ("0xcpu=4",)}, "--nodes 0xcpu=4: no node has any cpu or memory or gpu"),
         ({"nodes": ("pods.csv",), "columns": (*OPENB, "node.cpu=cores")}, "pods.csv: node.cpu=cores: no column 'co"),
@@ -287,6 +288,13 @@ def test_kinds_of_nodes_in_a_table(tmp_path: Path) -> None:
     assert workload.cluster.speed.tolist() == [1, 1, 1.6]
     assert workload.jobs.demand.tolist() == [[1, 1], [32, 100]]
     assert workload.skipped == {"larger than any node (gangs)": 1}
+
+
+@pytest.mark.parametrize("row", ["4,2.5,1", "4,,1", "4,1,0", "4,1,fast", "many,1,1", "-4,1,1"])
+def test_nodes_that_make_no_sense(tmp_path: Path, row: str) -> None:
+    file = nodes(tmp_path, f"cpu,count,speed\n4,1,1\n{row}\n")
+    with pytest.raises(WorkloadError, match=r"nodes.csv: line 3: node.(cpu|count|speed)=\1 makes no sense; correct or"):
+        table(tmp_path, "submit,duration,cpu\n0,60,1\n", nodes=file)
 
 
 def test_the_size_of_a_partition_of_a_trace(tmp_path: Path) -> None:
