@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deployment.slurm import FOREVER, SlurmJob, job_from_accounting, job_from_rest, jobs_of, pool, state_of
-from workloads.compressed import read_bytes
+from workloads.compressed import as_text, read_bytes
 from workloads.jobs import DAY, WorkloadError, most_at_once
 from workloads.swf import write_swf
 
@@ -56,7 +56,7 @@ def _read_finished(path: Path, left_out: Counter[str]) -> Iterator[SlurmJob]:
     Raises:
         WorkloadError: the file cannot be read, or is none of them.
     """
-    text = read_bytes(str(path), "a file of Slurm's").decode("utf-8-sig", errors="replace")
+    text = as_text(read_bytes(str(path), "a file of Slurm's"))
     lines = text.splitlines()
     for skipped, line in enumerate(lines[:NOTICES]):
         if line.startswith("{"):

@@ -1,6 +1,7 @@
 """A file's bytes, decompressed. How it is compressed is recognised by its first bytes, whatever it is called."""
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -31,6 +32,12 @@ def read_bytes(path: str, wanted: str = "an SWF trace") -> bytes:
         raise
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise WorkloadError(f"{path}: damaged or truncated {kind} file ({error}); fetch it again") from error
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8 or, where its mark is at the beginning (programs of Windows write it), UTF-16."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
 
 
 def _decompress(path: str, data: bytes, kind: str) -> bytes:

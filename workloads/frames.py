@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workloads.compressed import read_bytes
+from workloads.compressed import as_text, read_bytes
 from workloads.jobs import WorkloadError
 from workloads.reading import BadLine
 
@@ -53,9 +53,8 @@ def read_frame(path: str) -> tuple[pd.DataFrame, np.ndarray, list[BadLine]]:
 def _csv(path: str, data: bytes) -> tuple[pd.DataFrame, np.ndarray, list[BadLine]]:
     import pandas as pd
 
-    if b"\0" in data:
+    if "\0" in (text := as_text(data)):
         raise WorkloadError(f"{path}: binary data; give CSV, Parquet or a JSON array")
-    text = data.decode("utf-8-sig", errors="replace")
     head = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t|", key=head.count)
     bad: list[BadLine] = []

@@ -210,6 +210,7 @@ def test_jobs_that_ended_before_they_started_are_left_out(tmp_path: Path) -> Non
     "disguise",
     [
         lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.encode("utf-16"),
         lambda text: gzip.compress(text.encode()),
         lambda text: b"sacct: warning: something or other\n\n" + text.encode(),
         lambda text: text.replace("\n", "\r\n").encode(),

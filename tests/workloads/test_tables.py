@@ -135,6 +135,7 @@ def test_names_mapping_files_and_texts_as_times(
         ("jobs.csv.gz", gzip.compress(PODS.encode())),
         ("jobs.csv.bz2", bz2.compress(PODS.encode())),
         ("jobs.csv", b"\xef\xbb\xbf" + PODS.replace("\n", "\r\n").encode()),
+        ("jobs.csv", PODS.encode("utf-16")),
         ("jobs.csv", PODS.replace(",", ";").encode()),
         ("jobs.tsv", PODS.replace(",", "\t").encode()),
         ("jobs.csv", PODS.replace("\n", "\n\n").encode()),
