@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_slurm import FORMS, JOBS, RECORDED, FakeSlurm, agent_for, as_in, plain
+from fake_slurm import FORMS, JOBS, RECORDED, FakeSlurm, agent_for, as_in, plain, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -256,9 +256,12 @@ def test_a_slurm_that_is_down_is_waited_for(slurm: FakeSlurm, monkeypatch: pytes
     monkeypatch.setattr(priorities, "NOT_UNDERSTOOD", 0.0)
     slurm.slurmctld = False
     agent, stop = agent_for(slurm), threading.Event()
-    threading.Timer(1.2, stop.set).start()
-    agent.run(stop)
-    assert agent.metrics.failures._value.get() >= 2
+    running = threading.Thread(target=agent.run, args=(stop,))
+    running.start()
+    until(lambda: agent.metrics.failures._value.get() >= 2)
+    assert running.is_alive()
+    stop.set()
+    running.join()
 
 
 @given(
