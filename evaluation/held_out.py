@@ -55,6 +55,8 @@ class Compare(Reading):
     """the report's sweep: arrivals compressed by these factors"""
     workers: int = 1
     """replay in so many processes"""
+    ray: tuple[str, ...] | None = None
+    """replay on a Ray cluster: the address of one, or nothing behind the flag for one on this machine"""
 
 
 def held_out(args: Compare) -> Workload:
