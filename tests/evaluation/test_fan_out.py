@@ -79,7 +79,7 @@ def test_two_nodes_give_what_one_process_gives_though_one_of_them_dies(
     """Twelve policies at three loads; the second node is killed after the third result."""
     from ray.cluster_utils import Cluster
 
-    workload = load_workload("cloud", "test", runs=1)
+    workload = load_workload("cloud", "test", runs=8)
     workloads = {Scenario("continuous", load): workload for load in LOADS}
     policies = {name: load_policy(name) for name in POLICIES}
     alone = [(where, name, *found) for where, name, found in replay_all(workloads, policies, None, 1)]
