@@ -5,12 +5,17 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import benchmark
+import evaluation.fan_out
+from evaluation.fan_out import as_they_are_ready, wait_for_a_core
 from evaluation.replays import Scenario, _keep, _kept, _on_cluster, replay_all
 from policies import load_policy
 from workloads.load import load_workload
@@ -73,9 +78,7 @@ def test_who_does_not_ask_does_not_import_ray() -> None:
 
 @needs_ray
 @pytest.mark.slow
-def test_two_nodes_give_what_one_process_gives_though_one_of_them_dies(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_nodes_give_what_one_process_gives_though_one_of_them_dies(tmp_path: Path) -> None:
     """Twelve policies at three loads; the second node is killed after the third result."""
     from ray.cluster_utils import Cluster
 
@@ -95,4 +98,39 @@ def test_two_nodes_give_what_one_process_gives_though_one_of_them_dies(
     assert len(together) == len(alone) == 36
     for ours, theirs in zip(together, alone, strict=True):
         assert ours[:2] == theirs[:2] and all(map(np.array_equal, ours[2:], theirs[2:]))
-    assert "1 of 2 nodes of the cluster lost: what ran there is repeated" in capsys.readouterr().err
+
+
+def test_a_lost_node_is_told_and_a_busy_cluster_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    class Ray:
+        """Two nodes, one of which is lost at the third look; calls are their results, ready from the last one on."""
+
+        looks = 0
+
+        def nodes(self) -> list[dict[str, Any]]:
+            self.looks += 1
+            return [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": self.looks < 3}]
+
+        def wait(self, calls: list[str], timeout: float) -> tuple[list[str], list[str]]:
+            return calls[-1:], calls[:-1]
+
+        def get(self, call: str) -> str:
+            return call
+
+    found = list(as_they_are_ready(Ray(), ["first", "second", "third"], Console(stderr=True)))
+    assert found == [(2, "third"), (1, "second"), (0, "first")]
+    said = "1 of 2 nodes of the cluster lost: what ran there is repeated"
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_a_minute_without_a_free_core_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter(range(0, 1000, 25))
+    monkeypatch.setattr(evaluation.fan_out, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    ray = MagicMock()
+    ray.wait.return_value = [], ["a core"]
+    with pytest.raises(ValueError, match="--ray there: no core was free for a minute; see `ray status`"):
+        wait_for_a_core(ray, "there", Console(stderr=True))
+    assert capsys.readouterr().err.splitlines() == [
+        f"waiting for a free core of the cluster ({waited} s)" for waited in (25, 50)
+    ]
