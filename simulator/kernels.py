@@ -544,18 +544,18 @@ def choose_reservation(sim, p, i):
     best, best_end = -1, np.inf
     copy_rows(sim.free, sim.room)
     late, soon = next_second(sim)
+    least = p.jobs[i].requested / p.fastest
     for k in range(s.running):
         j, when = release(sim, k, late, soon)
-        if when + p.jobs[i].requested / p.fastest >= best_end:
+        if when + least >= best_end:
             break
         m = sim.plan[j].node
-        end = when + p.jobs[i].requested / p.speed[m]
-        enough = end < best_end
+        enough = True
         for r in range(p.demand.shape[1]):
             sim.room[m, r] += p.demand[j, r]
             enough &= p.demand[i, r] <= sim.room[m, r] + 1e-9
-        if enough:
-            best, best_end = m, end
+        if enough and when + p.jobs[i].requested / p.speed[m] < best_end:
+            best, best_end = m, when + p.jobs[i].requested / p.speed[m]
     return best
 
 
@@ -593,27 +593,43 @@ def within_most(sim, p, i):
 
 
 @kernel
+def find_most_beside(sim):
+    """`find_most` of the nodes without a reservation."""
+    s = sim.s[0]
+    for r in range(sim.most.shape[0]):
+        sim.most[r] = -1.0
+        for m in range(sim.free.shape[0]):
+            if s.reserved < 0 or m != s.reserved_node:
+                sim.most[r] = max(sim.most[r], sim.free[m, r])
+
+
+@kernel
+def may_start(sim, p, i):
+    """False: job i may start nowhere (after `find_most_beside`, without looking at every node)."""
+    return within_most(sim, p, i) or (sim.s[0].reserved >= 0 and allowed(sim, p, i, sim.s[0].reserved_node))
+
+
+@kernel
 def first_allowed(sim, p):
     """The first job in backfill order that may start now, and its node; (-1, -1) where there is none."""
     s = sim.s[0]
     if p.backfill == TETRIS:
         return most_aligned(sim, p)
     if p.backfill <= STATIC:  # what was passed over cannot start before the next event: s.scan goes on behind it
-        if s.scan == 0:
-            find_most(sim)
+        find_most_beside(sim)
         while s.scan < s.queued:
             i = sim.order[s.scan]
-            if within_most(sim, p, i):
+            if may_start(sim, p, i):
                 m = choose_node(sim, p, i)
                 if m >= 0:
                     return i, m
             s.scan += 1
         return -1, -1
     best, best_node, best_score = -1, -1, np.inf
-    find_most(sim)
+    find_most_beside(sim)
     for k in range(s.queued):
         i = sim.queue[k]
-        m = choose_node(sim, p, i) if within_most(sim, p, i) else -1
+        m = choose_node(sim, p, i) if may_start(sim, p, i) else -1
         if m >= 0:
             value = backfill_score(sim, p, i)
             if value < best_score:
@@ -1421,12 +1437,13 @@ def run_times_at(problem, known, jobs, elapsed, shares, found):
 # real), and the problem `q` whose jobs have no run times but those that it draws.
 #
 # s, one record; runs[k, i], the run time of job i in sample k; the running jobs by their ends in the sample at hand;
-# of each candidate its job (-1: wait), its node, its rank, and the sum and the sum of squares of what it gains; and
-# whether the time is up.
-Lookahead = namedtuple("Lookahead", "s known runs ends job node rank gain square stop")
+# of each candidate its job (-1: wait), its node, its rank, and the sum and the sum of squares of what it gains;
+# starts[k, i], when job i starts in sample k if the rule goes on; the jobs left_out[i] of roll-outs, as if they had not
+# come yet; and whether the time is up.
+Lookahead = namedtuple("Lookahead", "s known runs ends job node rank gain square starts left_out stop")
 LOOKAHEAD = np.dtype(
     [("threshold", "f8"), ("drawn", "f8"), ("random", "u8")]
-    + [(name, "i8") for name in "candidates samples seed planned taken".split()]
+    + [(name, "i8") for name in "candidates samples seed planned taken shorter foreseen".split()]
 )
 LAP, RACE = 4, 2.0  # after so many samples candidates leave that are so many standard errors behind
 SOON = 1e-3  # seconds after now at which a running job ends at the earliest
@@ -1485,6 +1502,32 @@ def enter(sim, other, look):
     for k in range(sim.s[0].running):
         other.ends[k].time, other.ends[k].job = look.ends[k].time, look.ends[k].job
     other.s[0].gain, other.s[0].clear, other.s[0].stop = 0.0, -np.inf, sim.s[0].arrived
+    if look.s[0].shorter:
+        leave_out(other, look)
+
+
+@kernel
+def leave_out(other, look):
+    """Take jobs out of the imagined queue."""
+    t, n, k = other.s[0], 0, 0
+    for j in range(t.queued):
+        if not look.left_out[other.queue[j]]:
+            other.queue[n] = other.queue[j]
+            n += 1
+        if not look.left_out[other.order[j]]:
+            other.order[k] = other.order[j]
+            k += 1
+    t.queued, t.scan = n, 0
+
+
+@kernel
+def some_fit(sim, q):
+    """Whether some queued job fits somewhere. If none does, no rule starts one before the next event."""
+    find_most(sim)
+    for k in range(sim.s[0].queued):
+        if within_most(sim, q, sim.queue[k]):
+            return True
+    return False
 
 
 @kernel
@@ -1492,7 +1535,9 @@ def go_on(other, q, look, full):
     """Follow the rule until the queue is empty or, unless `full`, the trajectory meets the one before (`run_rule`)."""
     t = other.s[0]
     while t.queued > 0 and not look.stop[0]:
-        i, m = rule_decision(other, q)
+        i = m = -1
+        if some_fit(other, q):
+            i, m = rule_decision(other, q)
         if i >= 0:
             act(other, q, i, m)
         elif (not full and t.now >= t.clear and not overtaken(other)) or not next_event(other, q):
@@ -1527,10 +1572,10 @@ def find_candidates(sim, q, look, i, m):
     s, ahead = sim.s[0], look.s[0]
     look.job[0], look.node[0] = i, m
     n = 1
-    find_most(sim)
+    find_most_beside(sim)
     for k in range(s.queued):
         j = sim.queue[k]
-        if j == i or not within_most(sim, q, j):
+        if j == i or look.left_out[j] or not may_start(sim, q, j):
             continue
         value = head_score(sim, q, j) if s.reserved < 0 else backfill_score(sim, q, j)
         if n > ahead.candidates and value >= look.rank[n - 1]:
@@ -1619,24 +1664,35 @@ def drop_losers(look, count, samples):
 
 
 @kernel
+def foresee(sim, other, look, k):
+    """Note when the jobs that wait start in sample k, the rest of which was the rule's."""
+    for j in range(sim.s[0].queued):
+        i = sim.queue[j]
+        look.starts[k, i] = np.inf if look.left_out[i] else other.plan[i].start
+
+
+@kernel
 def compare_candidates(sim, other, q, look, count):
     """Try all candidates in as many samples as there is time for, the losers in a few only; returns how many candidates
     are left, and the number of samples."""
     ahead = look.s[0]
     draw_runs(sim, q, look)
     show_running(sim, other)
+    ahead.foreseen = 0
     for c in range(count):
         look.gain[c] = look.square[c] = 0.0
     for k in range(ahead.samples):
         imagine(sim, q, look, k)
         try_out(sim, other, q, look, look.job[0], look.node[0], 1)
+        foresee(sim, other, look, k)
         total = 0.0
         for c in range(1, count):
             total += try_out(sim, other, q, look, look.job[c], look.node[c], 0)
             look.rank[c] = total
         if look.stop[0]:
-            return count, k
+            return count if k >= LAP else 1, k  # less than that is no reason to do what the rule would not
         ahead.taken += 1
+        ahead.foreseen = k + 1
         for c in range(1, count):
             look.gain[c] += look.rank[c]
             look.square[c] += look.rank[c] * look.rank[c]
@@ -1658,12 +1714,16 @@ def planned_decision(sim, other, q, look, i, m):
     if count == 1:
         return i, m
     ahead.planned += 1
+    if i >= 0:
+        look.left_out[i] = False
     count, samples = compare_candidates(sim, other, q, look, count)
     best = 0
     for c in range(1, count):
         mean, error = lead(look, c, samples)
         if look.gain[c] > look.gain[best] and mean > ahead.threshold * error + 1e-6:
             best = c
+    if best > 0:
+        ahead.foreseen = 0
     return look.job[best], look.node[best]
 
 
@@ -1748,22 +1808,27 @@ def plan_moment(problem, simulation, imagined, imaginary, look, choices):
 @entry
 def forecast(simulation, imagined, imaginary, look, starts):
     """starts[k, j]: when the j-th of the last jobs has started or would in sample k if the rule went on from here
-    (infinite: it fits on no node). Returns how many samples there was time for."""
+    (infinite: it fits on no node, or was left out). Returns how many samples there was time for.
+
+    The roll-outs of the last decision that was planned serve if it was the rule's, as far as they go."""
     sim, q, other = by_reference(simulation), by_reference(imagined), by_reference(imaginary)
-    s, first = sim.s[0], q.jobs.shape[0] - starts.shape[1]
+    first, n = q.jobs.shape[0] - starts.shape[1], look.s[0].foreseen
     draw_runs(sim, q, look)
     show_running(sim, other)
-    for k in range(look.s[0].samples):
+    for k in range(n, look.s[0].samples):
         imagine(sim, q, look, k)
         enter(sim, other, look)
         go_on(other, q, look, 1)
         if look.stop[0]:
-            return k
+            break
+        foresee(sim, other, look, k)
+        n += 1
+    for k in range(n):
         for j in range(starts.shape[1]):
             starts[k, j] = sim.plan[first + j].start
-        for j in range(s.queued):
-            starts[k, sim.queue[j] - first] = other.plan[sim.queue[j]].start
-    return look.s[0].samples
+        for j in range(sim.s[0].queued):
+            starts[k, sim.queue[j] - first] = look.starts[k, sim.queue[j]]
+    return n
 
 
 class compiling:

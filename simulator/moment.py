@@ -1,6 +1,5 @@
 """One moment of a real cluster, and what a rule or an agent would do there."""
 
-import threading
 import time
 from dataclasses import dataclass
 
@@ -23,6 +22,9 @@ from simulator.planning import Imagination, Planner
 from simulator.rules import Rule
 from simulator.run_times import RunTimes
 from workloads.jobs import Cluster, Jobs
+
+DEPTH = 64  # of a longer queue planning in limited time looks at so many jobs, the base's first
+CHOICES = 0.7  # of the time goes to the choices, what is left to the expected starts
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,23 @@ class Moment:
         return [(self._number(job), int(node)) for job, node in choices[:count]]
 
     def plan(self, planner: Planner, seconds: float | None = None) -> Plan:
-        """Do what planning does now. After so many seconds the choices are the base's."""
+        """Do what planning does now. After so many seconds the choices are the base's, and where they are limited only
+        the DEPTH most urgent jobs are looked at."""
         began = time.perf_counter()
         run_times = RunTimes(self.problem)
         run_times.learn(np.arange(self._finished))
         imagination = Imagination(self.problem, self._cluster, planner, run_times)
         choices, starts = np.empty((len(self.numbers) + 1, 2), np.int64), np.empty((planner.samples, len(self.numbers)))
-        timer = threading.Timer(left := (seconds or np.inf) - (time.perf_counter() - began), imagination.stop)
-        if left <= 0:
-            imagination.stop()
-        elif left < np.inf:
-            timer.start()
-        with compiling():
+        if seconds is not None:
+            scores = np.empty(len(self.numbers))
+            rule_scores(self.problem, self.sim, scores)
+            imagination.leave_out(self._first + np.argsort(scores, kind="stable")[DEPTH:])
+        left = (seconds or np.inf) - (time.perf_counter() - began)
+        with compiling(), imagination.for_seconds(CHOICES * left):
             count = plan_moment(self.problem, self.sim, *imagination.arrays, choices)
+        left = (seconds or np.inf) - (time.perf_counter() - began)
+        with imagination.for_seconds(left):
             samples = forecast(self.sim, *imagination.arrays, starts)
-        timer.cancel()
         s = imagination.look.s[0]
         in_state = np.empty((samples, len(self.numbers)))
         in_state[:, self.numbers] = starts[:samples]

@@ -6,7 +6,10 @@
 How it works is in docs/planning.md, what is compiled in kernels.py.
 """
 
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,7 +109,8 @@ class Imagination:
         self.look = Lookahead(
             s=np.zeros(1, LOOKAHEAD), known=run_times.known, runs=np.zeros((planner.samples, count)),
             ends=np.zeros(count, TIMED), job=np.zeros(places, np.int64), node=np.zeros(places, np.int64),
-            rank=np.zeros(places), gain=np.zeros(places), square=np.zeros(places), stop=np.zeros(1, bool),
+            rank=np.zeros(places), gain=np.zeros(places), square=np.zeros(places),
+            starts=np.zeros((planner.samples, count)), left_out=np.zeros(count, bool), stop=np.zeros(1, bool),
         )  # fmt: skip
         s = self.look.s[0]
         for name in ("candidates", "samples", "threshold", "seed"):
@@ -118,9 +122,24 @@ class Imagination:
         """As the kernels take them."""
         return self.problem, self.sim, self.look
 
-    def stop(self) -> None:
-        """Take no more samples."""
-        self.look.stop[0] = True
+    def leave_out(self, jobs: np.ndarray) -> None:
+        """Look at the queue without these jobs (numbers), as if they had not come yet."""
+        self.look.left_out[jobs] = True
+        self.look.s[0]["shorter"] = len(jobs) > 0
+
+    @contextmanager
+    def for_seconds(self, seconds: float) -> Iterator[None]:
+        """Take no more samples after that time, if it is finite."""
+        self.look.stop[0] = seconds <= 0
+        timer = threading.Timer(seconds, self.look.stop.fill, (True,))
+        if 0 < seconds < np.inf:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if timer.ident:
+                timer.join()
 
 
 def planned_gains(simulator: Simulator, planner: Planner, mask: np.ndarray) -> np.ndarray:

@@ -39,12 +39,12 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    "flag", ["port=99999", "port=-1", "workers=0", "deadline_ms=nan", "deadline_ms=-5", "deadline_ms=0", "max_jobs=-1",
-             "max_nodes=0", "max_body_bytes=0", "record_bytes=-1", "record_files=0"],
+    "flag", ["port=99999", "port=-1", "workers=0", "deadline_ms=nan", "deadline_ms=-5", "deadline_ms=0",
+             "plan_budget_ms=0", "max_jobs=-1", "max_nodes=0", "max_body_bytes=0", "record_bytes=-1", "record_files=0"],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, _, value = flag.partition("=")
     with pytest.raises(SystemExit) as ended:
-        serve.main(Args("easy-fifo", **{name: float(value) if name == "deadline_ms" else int(value)}))
+        serve.main(Args("easy-fifo", **{name: float(value) if name.endswith("_ms") else int(value)}))
     [line] = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and line.startswith(f"error: --{name.replace('_', '-')} {value}") and "give" in line

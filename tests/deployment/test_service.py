@@ -25,6 +25,7 @@ import deployment.processes
 import deployment.service
 from deployment.service import Args, Service
 from policies import PolicyError, load_policy
+from simulator.moment import DEPTH
 from simulator.observation import Observation
 from workloads.jobs import Workload, at_loads
 from workloads.load import load_workload
@@ -96,6 +97,19 @@ def test_planning_says_when_jobs_will_probably_start_and_on_how_many_samples() -
     base = post(client("easy-fifo"), state).json()
     assert in_no_time["expected"]["samples"] == 0 and not in_no_time["expected"]["starts"] and "expected" not in base
     assert [in_no_time[part] for part in ("start", "reserved")] == [base[part] for part in ("start", "reserved")]
+
+
+def test_of_a_long_queue_planning_looks_at_the_jobs_that_its_base_ranks_first() -> None:
+    """And at what the base starts; the others have levels behind theirs, and no expectations."""
+    state = busy_states(jobs=150, nodes=8, count=1)[0]
+    answer = post(client("plan:easy-fifo", plan_budget_ms=1e5), state).json()
+    first = {job["id"] for job in state["queued"][:DEPTH]}  # FIFO's order is that of submission
+    expected = {start["job"] for start in answer["expected"]["starts"]}
+    assert first <= expected and len(answer["priorities"]) == len(state["queued"]) > len(expected)
+    base = post(client("easy-fifo"), state).json()
+    assert expected - first <= {start["job"] for start in base["start"] + answer["start"]}
+    later = [level["job"] for level in answer["priorities"]][len(expected) :]
+    assert later == [job["id"] for job in state["queued"] if job["id"] not in expected]
 
 
 def test_planning_remembers_what_has_finished(tmp_path: Path) -> None:
