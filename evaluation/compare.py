@@ -5,17 +5,21 @@ block cancels in the differences. Times are seconds; N counts jobs, B blocks.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from evaluation.held_out import BASELINES, Compare, cuts, held_out, other_scenarios
 from evaluation.replays import Replays, Scenario, replay_all
-from evaluation.statistics import statistics, tail
-from policies import Policy, PolicyError, load_policy
+from evaluation.statistics import METRICS, bootstrap_weights, difference, statistics, tail
+from policies import PlanPolicy, Policy, PolicyError, RulePolicy, load_policy
 from simulator.rules import RULES
+
+JUDGED_JOBS = 5000  # so many validation jobs tell whether planning gains anything
 
 
 def compare(args: Compare) -> tuple[dict[str, Any], Table]:
@@ -27,6 +31,9 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
         _check_folder(args.report)
         workloads |= other_scenarios(args, headline)
         policies |= {rule: load_policy(rule) for rule in BASELINES if rule not in policies}
+    notes = _without_gain(args, policies) if args.plan_or_base else []
+    seeds = {name: _with_seeds(name, policy, args.plan_seeds) for name, policy in policies.items()}
+    policies = {own: policy for several in seeds.values() for own, policy in several.items()}
     workloads[headline].report()
     replays = {scenario: Replays(workload, cuts(args, scenario, workload)) for scenario, workload in workloads.items()}
     kept_in = args.report and args.report / "replays"
@@ -48,6 +55,11 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
         **statistics(counted.per_block, args.seed), "tails": {name: tail(counted.waits(name)) for name in policies},
         "left_out": list(dict.fromkeys(left_out)),
     }  # fmt: skip
+    if args.plan_seeds > 1:
+        planned = {name: own for name, own in seeds.items() if isinstance(policies.get(name), PlanPolicy)}
+        notes += [_mean_of_seeds(counted, name, [*own], policies, args.seed) for name, own in planned.items()]
+    if notes:
+        results["notes"] = notes
     if args.report:
         from evaluation.report import write_report  # matplotlib and jinja2 take a second, which only a report is worth
 
@@ -75,6 +87,56 @@ def _named_policies(names: Sequence[str]) -> tuple[dict[str, Policy], list[str]]
             left_out.append(str(error))
     own = [policy.name for policy in policies.values()]
     return {p.name if own.count(p.name) == 1 else argument: p for argument, p in policies.items()}, left_out
+
+
+def _without_gain(args: Compare, policies: dict[str, Policy]) -> list[str]:
+    """Put the base rule in the place of what plans without gaining any wait on validation jobs, and say so."""
+    notes, jobs = [], min(args.max_jobs or JUDGED_JOBS, JUDGED_JOBS)
+    planned = {name: policy for name, policy in policies.items() if isinstance(policy, PlanPolicy)}
+    if not planned:
+        return []
+    workload = held_out(replace(args, split="validation", max_jobs=jobs, protocol="continuous"))
+    for name, policy in planned.items():
+        base = RulePolicy(policy.reference)
+        wait, own = (float(np.concatenate([s.wait for s in p.schedule(workload)]).mean()) for p in (base, policy))
+        gains = own < wait
+        if not gains:
+            policies[name] = base
+        choice = "it stays" if gains else "that takes its place"
+        change = f"{100 * (own / wait - 1):+.1f} %" if wait else "nothing to gain"
+        notes.append(f"{name}: wait on validation jobs {change} to its base, {base.name}: {choice}")
+    return notes
+
+
+def _with_seeds(name: str, policy: Policy, count: int) -> dict[str, Policy]:
+    """The policy and, if it draws samples, others that draw with the seeds 2 to `count`."""
+    more = range(2, count + 1) if isinstance(policy, PlanPolicy) else ()
+    return {name: policy} | {f"{name} seed {seed}": PlanPolicy(policy.argument, seed=seed) for seed in more}
+
+
+def _mean_of_seeds(replays: Replays, name: str, own: list[str], policies: dict[str, Policy], seed: int) -> str:
+    """How the wait under the mean over the seeds compares with the first policy and with the best rule in hindsight,
+    and its tail with the first policy's, in a sentence."""
+    wait = METRICS.index("wait")
+    per_block = {other: values[:, wait] for other, values in replays.per_block.items()}
+    mean = np.mean([per_block[one] for one in own], axis=0)
+    first, weights = next(iter(policies)), bootstrap_weights(len(mean), seed)
+    rules = [other for other, policy in policies.items() if isinstance(policy, RulePolicy)]
+    best = min(rules, key=lambda rule: per_block[rule].mean(), default=first)
+
+    def against(other: str) -> str:
+        found = difference(mean, per_block[other], weights)
+        return f"{_with_interval(found, '+.1f', ' %')} to {other}".replace("\n", " (", 1).replace(" to ", ") to ", 1)
+
+    def tails(names: list[str]) -> str:
+        longest = [tail(replays.waits(one)) for one in names]
+        figures = [np.mean([one[key] for one in longest]) / tail(replays.waits(first))[key] for key in longest[0]]
+        return " and ".join(f"{figure:.2f}" for figure in figures)
+
+    each = " ".join(f"{100 * (per_block[one].mean() / per_block[best].mean() - 1):+.1f}" for one in own)
+    text = f"{name}, wait, mean of {len(own)} seeds: {against(first)}; {against(best)}"
+    text += f", seeds {each}; p99 and longest {tails(own)} times {first}'s"
+    return text if best == first else f"{text} ({best}: {tails([best])})"
 
 
 def _check_folder(folder: Path) -> None:

@@ -53,6 +53,10 @@ class Compare(Reading):
     """what the report is about: it picks the best rule, and the lower bound is on it"""
     loads: tuple[float, ...] = (0.8, 0.9, 1.0, 1.1)
     """the report's sweep: arrivals compressed by these factors"""
+    plan_seeds: int = 1
+    """replay what plans with so many seeds of its samples, and say how their mean compares"""
+    plan_or_base: bool = False
+    """where planning gains no wait on the validation part, at most 5,000 jobs of it, its base rule takes its place"""
     workers: int = 1
     """replay in so many processes"""
     ray: tuple[str, ...] | None = None
@@ -65,7 +69,9 @@ def held_out(args: Compare) -> Workload:
     Raises:
         ValueError: a flag makes no sense, or (WorkloadError) the workload cannot be used.
     """
-    least = dict.fromkeys(("max_jobs", "runs", "blocks", "episodes", "episode_jobs", "workers"), 1) | {"seed": 0}
+    least = dict.fromkeys(("max_jobs", "runs", "blocks", "episodes", "episode_jobs", "plan_seeds", "workers"), 1) | {
+        "seed": 0
+    }
     for name, lowest in least.items():
         if (value := getattr(args, name)) is not None and value < lowest:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {lowest}")

@@ -23,6 +23,7 @@ import tuned_rule
 from evaluation.held_out import Compare, held_out, shorter, windows
 from evaluation.speed import Speed
 from evaluation.statistics import METRICS, block_metrics, bootstrap_weights, cut, difference, summary
+from policies import load_policy
 from simulator.replay import simulate
 from simulator.rules import RULES
 from workloads.files import write_json
@@ -224,6 +225,39 @@ def test_planning_is_compared_as_a_policy_and_is_not_the_best_rule(run: Callable
     assert re.search(r"^\*\*plan(:easy-fifo)? has a mean latency", Path("report/report.md").read_text(), re.MULTILINE)
 
 
+def test_seeds_of_planning_are_rows_and_their_mean_is_a_line(
+    run: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line's figures are recounted from the rows."""
+    flags = ("compare", "--workload", SMALL, "--policies", "easy-fifo", "easy-sjf", "plan", "--plan-seeds", 3)
+    results = run(*flags)
+    seeds = ["plan", "plan seed 2", "plan seed 3"]
+    assert list(results["policies"]) == ["easy-fifo", "easy-sjf", *seeds]
+    means = {name: found["wait"]["mean"] for name, found in results["policies"].items()}
+    best = min(["easy-fifo", "easy-sjf"], key=means.__getitem__)
+    [note] = results["notes"]
+    for rule in ("easy-fifo", best):
+        assert f"{100 * (np.mean([means[name] for name in seeds]) / means[rule] - 1):+.1f} % (" in note
+    assert f") to {best}, seeds " + " ".join(f"{100 * (means[name] / means[best] - 1):+.1f}" for name in seeds) in note
+    assert note in " ".join(capsys.readouterr().err.split("\n"))
+
+
+@pytest.mark.parametrize("base", ["easy-ljf", "fifo"])
+def test_the_base_takes_the_place_of_planning_that_gains_nothing(run: Callable[..., dict], base: str) -> None:
+    """Judged on validation jobs; a planner that can never be better than its base is replaced."""
+    flags = ("compare", "--workload", SMALL, "--policies", base, f"plan:{base}", "--plan-or-base")
+    results = run(*flags)
+    workload = load_workload(SMALL, "validation")
+    [planned], [alone] = load_policy(f"plan:{base}").schedule(workload), simulate(workload, base)
+    gains = planned.wait.mean() < alone.wait.mean()
+    [note] = results["notes"]
+    assert note.startswith(f"plan:{base}: wait on validation jobs ")
+    assert note.endswith("it stays" if gains else "that takes its place")
+    if not gains:
+        same = [results["policies"][name]["wait"]["per_block"] for name in (base, f"plan:{base}")]
+        assert same[0] == same[1]
+
+
 def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[..., dict]) -> None:
     for folder in ("one", "two", "other/two"):
         Path(folder).mkdir(parents=True)
@@ -261,6 +295,7 @@ def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[...
         ("rlscheduler --traces . --reference text.onnx", "text.onnx: not the published figures"),
         ("rlscheduler --traces . --reference odd.json", "lublin.swf: No such file"),
         ("rlscheduler --traces . --reference half.json", "half.json: not the published figures"),
+        ("compare --plan-seeds 0", "--plan-seeds 0: give at least 1"),
         ("speed --repetitions 0", "--repetitions 0: give at least 1"),
         ("speed --seconds 0", "--seconds 0.0: give more than 0"),
     ],
