@@ -4,6 +4,7 @@
     python benchmark.py compare --workload my_cluster.swf.gz --policies easy-fifo all --load 1.1 --output results.json
     python benchmark.py compare --workload my_cluster.swf.gz --policies easy-fifo easy-sjf runs/X --report report
     python benchmark.py rlscheduler --traces traces --reference rlscheduler.json
+    python benchmark.py forecast --workload my_cluster.swf.gz
     python benchmark.py speed --output speed.json
     python benchmark.py sweep sweeps/ppo.yaml --trials 20
 
@@ -26,6 +27,7 @@ from workloads.files import check_output, write_json
 COMMANDS = {
     "compare": ("compare", "Compare", "compare"),
     "rlscheduler": ("rlscheduler", "RLScheduler", "published"),
+    "forecast": ("forecast", "Forecast", "forecast"),
     "speed": ("speed", "Speed", "measure"),
     "sweep": ("sweep", "Sweep", "optimise"),
 }

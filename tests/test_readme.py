@@ -52,6 +52,7 @@ COMMANDS = {
     "python tuned_rule.py": "--generations 1",
     "python fifo_baseline.py": "",
     "python benchmark.py compare": "--runs 1 --max-jobs 300",
+    "python benchmark.py forecast": "--moments 20 --samples 4",
     "python benchmark.py rlscheduler": "",
     "python benchmark.py speed": "--repetitions 1 --seconds 0.01 --num-envs 8 --num-steps 32 " + TRACE,
     "python benchmark.py sweep": "--trials 0 || test $? = 2",  # reads the file; test_sweep.py runs trials
