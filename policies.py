@@ -12,6 +12,7 @@ B counts observations, K the jobs in the window, M nodes, R resources; the actio
 """
 
 import os
+import time
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -214,8 +215,9 @@ class PlanPolicy(Policy):
         return plan(workload, self.planner, segments, threads=os.cpu_count() or 1)
 
     def decide(self, state: ClusterState, window: int | None = None) -> Decision:
+        until = np.inf if self.seconds is None else time.perf_counter() + self.seconds
         moment = Moment(state, self.rule)
-        found = moment.plan(self.planner, self.seconds)
+        found = moment.plan(self.planner, until)
         order = moment.rule_order()
         if len(found.starts) == 0:  # no time
             nothing = Expected(np.full((len(order), 3), np.inf), found.samples, found.wanted)

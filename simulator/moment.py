@@ -115,23 +115,20 @@ class Moment:
         count = follow_rule(self.problem, self.sim, choices)
         return [(self._number(job), int(node)) for job, node in choices[:count]]
 
-    def plan(self, planner: Planner, seconds: float | None = None) -> Plan:
-        """Do what planning does now. After so many seconds the choices are the base's, and where they are limited only
-        the DEPTH most urgent jobs are looked at."""
-        began = time.perf_counter()
+    def plan(self, planner: Planner, until: float = np.inf) -> Plan:
+        """Do what planning does now. From a time on (of `time.perf_counter`) the choices are the base's; where there is
+        such a time, only the DEPTH most urgent jobs are looked at."""
         run_times = RunTimes(self.problem)
         run_times.learn(np.arange(self._finished))
         imagination = Imagination(self.problem, self._cluster, planner, run_times)
         choices, starts = np.empty((len(self.numbers) + 1, 2), np.int64), np.empty((planner.samples, len(self.numbers)))
-        if seconds is not None:
+        if until < np.inf:
             scores = np.empty(len(self.numbers))
             rule_scores(self.problem, self.sim, scores)
             imagination.leave_out(self._first + np.argsort(scores, kind="stable")[DEPTH:])
-        left = (seconds or np.inf) - (time.perf_counter() - began)
-        with compiling(), imagination.for_seconds(CHOICES * left):
+        with compiling(), imagination.for_seconds(CHOICES * (until - time.perf_counter())):
             count = plan_moment(self.problem, self.sim, *imagination.arrays, choices)
-        left = (seconds or np.inf) - (time.perf_counter() - began)
-        with imagination.for_seconds(left):
+        with imagination.for_seconds(until - time.perf_counter()):
             samples = forecast(self.sim, *imagination.arrays, starts)
         s = imagination.look.s[0]
         in_state = np.empty((samples, len(self.numbers)))
