@@ -90,21 +90,22 @@ def _named_policies(names: Sequence[str]) -> tuple[dict[str, Policy], list[str]]
 
 
 def _without_gain(args: Compare, policies: dict[str, Policy]) -> list[str]:
-    """Put the base rule in the place of what plans without gaining any wait on validation jobs, and say so."""
-    notes, jobs = [], min(args.max_jobs or JUDGED_JOBS, JUDGED_JOBS)
+    """Put the base rule in the place of what plans without gaining anything on validation jobs, and say so. Latency
+    counts, since where nodes differ in speed it may pay to wait for a faster one."""
+    notes = []
     planned = {name: policy for name, policy in policies.items() if isinstance(policy, PlanPolicy)}
     if not planned:
         return []
-    workload = held_out(replace(args, split="validation", max_jobs=jobs, protocol="continuous"))
+    workload = held_out(replace(args, split="validation", max_jobs=JUDGED_JOBS, protocol="continuous"))
     for name, policy in planned.items():
         base = RulePolicy(policy.reference)
-        wait, own = (float(np.concatenate([s.wait for s in p.schedule(workload)]).mean()) for p in (base, policy))
-        gains = own < wait
+        both = [np.concatenate([s.latency for s in p.schedule(workload)]).mean() for p in (base, policy)]
+        gains = both[1] < both[0]
         if not gains:
             policies[name] = base
         choice = "it stays" if gains else "that takes its place"
-        change = f"{100 * (own / wait - 1):+.1f} %" if wait else "nothing to gain"
-        notes.append(f"{name}: wait on validation jobs {change} to its base, {base.name}: {choice}")
+        change = 100 * (both[1] / both[0] - 1)
+        notes.append(f"{name}: latency on validation jobs {change:+.2f} % to its base, {base.name}: {choice}")
     return notes
 
 

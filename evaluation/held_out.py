@@ -56,7 +56,7 @@ class Compare(Reading):
     plan_seeds: int = 1
     """replay what plans with so many seeds of its samples, and say how their mean compares"""
     plan_or_base: bool = False
-    """where planning gains no wait on the validation part, at most 5,000 jobs of it, its base rule takes its place"""
+    """where planning gains no latency on (at most 5,000) validation jobs, its base rule takes its place"""
     workers: int = 1
     """replay in so many processes"""
     ray: tuple[str, ...] | None = None
