@@ -215,7 +215,8 @@ class PlanPolicy(Policy):
         return plan(workload, self.planner, segments, threads=os.cpu_count() or 1)
 
     def decide(self, state: ClusterState, window: int | None = None) -> Decision:
-        until = np.inf if self.seconds is None else time.perf_counter() + self.seconds
+        # A tenth is left for what comes after it.
+        until = np.inf if self.seconds is None else time.perf_counter() + 0.9 * self.seconds
         moment = Moment(state, self.rule)
         found = moment.plan(self.planner, until)
         order = moment.rule_order()
