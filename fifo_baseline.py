@@ -110,10 +110,10 @@ def run(args: Args) -> dict[str, dict[str, float]]:
     for rule in track(rules, "Replaying", console=bar, transient=True, disable=not bar.is_terminal):
         schedules = rule.schedule(workload)
         # An event file a rule: TensorBoard overlays their lines.
-        with SummaryWriter(folder / rule.argument) as writer:
+        with SummaryWriter(folder / rule.name) as writer:
             log_flags(writer, asdict(args))
             log(schedules, writer)
-        results[rule.argument] = figures(schedules)
+        results[rule.name] = figures(schedules)
     return results
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from policies import called
 from simulator.kernels import EASY, TETRIS, TUNED
 from simulator.replay import simulate
 from simulator.rules import RULES, parse_rule
@@ -132,7 +133,7 @@ class Validation:
         EASY-FIFO and the best rule."""
         names = dict.fromkeys(("fifo", "easy-fifo", "easy-sjf", "easy-saf", self.reference, self.best_rule))
         rows = {parse_rule(name).title: self.rules[name].cost for name in names}
-        rows[title if self.stands_for is None else f"{title}, which stands for a rule"] = self.best_cost
+        rows[called(title, self.stands_for and parse_rule(self.stands_for).title)] = self.best_cost
         fifo, easy, best = (self.rules[name].cost for name in ("fifo", "easy-fifo", self.best_rule))
         ranked = sorted(rows.items(), key=lambda row: row[1])
         return [(name, cost, cost / fifo - 1, cost / easy - 1, cost / best - 1) for name, cost in ranked]
