@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 
 from evaluation.held_out import BASELINES, Compare
 from evaluation.lower_bound import lower_bound
-from evaluation.replays import Replays, Scenario, workload_digest
+from evaluation.replays import Replays, Scenario
 from evaluation.statistics import (
     METRICS,
     QUANTILE_RESAMPLES,
@@ -40,7 +40,7 @@ from simulator.arrays import job_size
 from simulator.kernels import JOB_FEATURES
 from simulator.schedule import METRIC
 from workloads.files import replacing
-from workloads.jobs import Jobs, Workload, offered_load
+from workloads.jobs import Jobs, Workload, offered_load, workload_digest
 
 STARVING_P99, STARVING_MAX = 1.2, 2.0  # so many times EASY-FIFO's wait, and a policy is said to starve somebody
 

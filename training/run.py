@@ -46,9 +46,13 @@ from training.export import FollowRule, check_export, export_onnx
 from training.folder import free_folder, lock, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
 from training.validation import Validation
-from workloads.files import replacing, write_json
-from workloads.jobs import at_loads
+from workloads.files import digest, replacing, write_json
+from workloads.jobs import Workload, at_loads, workload_digest
 from workloads.load import load_workload
+
+
+class Changed(Exception):
+    """The workload of a run is not what it was when the run began."""
 
 
 class Run:
@@ -80,9 +84,11 @@ class Run:
         torch.manual_seed(args.seed)
         torch.set_num_threads(1)  # the other cores are for the simulator, and for the halves of an update
         torch.backends.cudnn.deterministic = args.torch_deterministic
-        workload = load_workload(args.workload, "train")
+        workload = self.read_workload()
         workload.report()
         self.validation = Validation(args, workload, self.console)
+        # Of a trace these are all jobs, of a preset those of training.
+        self.jobs_sha256 = digest(*(workload_digest(w).encode() for w in (workload, self.validation.workload)))
         args.reference = self.validation.reference
         self.envs = SchedulerVectorEnv(
             args.num_envs, at_loads(workload, args.training_loads), num_jobs=args.num_jobs,
@@ -97,6 +103,20 @@ class Run:
         self.candidate: OnnxPolicy | None = None  # the one that was proposed last
         self.judged = -1  # the iteration that was judged last
         self.saved: int | None = None  # the number of decisions before the last checkpoint
+
+    def read_workload(self) -> Workload:
+        """Raises ValueError: it cannot be used; or where to resume a run from that was started elsewhere."""
+        args = self.args
+        try:
+            return load_workload(args.workload, "train")
+        except ValueError as error:
+            started = self.folder.resolve().parent.parent  # runs/RUN is there
+            if not self.resumed or Path(args.workload).exists() or not (started / args.workload).exists():
+                raise
+            raise ValueError(
+                f"{args.workload}: no such file here; the run's --workload names it. Resume from where the run was "
+                f"started: cd {shlex.quote(str(started))}"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -303,16 +323,19 @@ class Run:
             "policy": (self.folder / "policy.onnx").read_bytes(),
             "proposed": self.proposed and (self.proposed[0], (self.folder / "candidate.onnx").read_bytes()),
             "environments": self.envs.state_dict(),
+            "jobs_sha256": self.jobs_sha256,
             **random_state(),
         }
         save(self.folder / "checkpoint.pt", state)
         self.saved = self.iteration * self.args.decisions
 
     def restore(self) -> None:
-        """Raises ValueError: the checkpoint is damaged or from another version."""
+        """Raises ValueError: the checkpoint is damaged or from another version, or the workload is not what it was."""
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location=self.device, weights_only=False)
+            if state.get("jobs_sha256", self.jobs_sha256) != self.jobs_sha256:  # older checkpoints have none
+                raise Changed
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.iteration, self.judged = state["iteration"], state["judged"]
@@ -326,6 +349,11 @@ class Run:
                 (self.folder / "candidate.onnx").write_bytes(candidate)
                 self.replay_candidate(iteration)
             self.saved = self.iteration * self.args.decisions
+        except Changed:
+            raise ValueError(
+                f"{self.args.workload}: not the jobs that the run began with (their SHA-256 was "
+                f"{state['jobs_sha256'][:12]}, now it is {self.jobs_sha256[:12]}); put them back, or start a new run"
+            ) from None
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise ValueError(
                 f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,37 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished: Path, tmp_path: P
     result = command(algorithm, tmp_path, "--resume", str(tmp_path))
     assert result.code == 2 and "checkpoint.pt" in result.last and result.last.endswith("start a new run")
     assert "Traceback" not in result.err
+
+
+def test_a_run_does_not_go_on_with_other_jobs(tmp_path: Path, algorithm: ModuleType) -> None:
+    """Its trace has been written anew: what it has learnt and what it is judged by would be two things."""
+    trace = tmp_path / "mine.swf"
+    shutil.copy(SMALL_TRACE, trace)
+    run = begun(algorithm, tmp_path, "--workload", "mine.swf")
+    run.checkpoint()
+    before = {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    lines = trace.read_text().splitlines()
+    fields = lines[-1].split()
+    trace.write_text("\n".join([*lines[:-1], " ".join([*fields[:3], str(int(fields[3]) + 1), *fields[4:]])]) + "\n")
+    result = command(algorithm, tmp_path, "--resume", str(run.folder))
+    assert result.code == 2 and result.last.startswith("error: mine.swf: not the jobs that the run began with (their")
+    assert result.last.endswith("put them back, or start a new run") and "Traceback" not in result.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_names_its_trace_relatively_says_from_where_to_resume(
+    finished: Path, tmp_path: Path, algorithm: ModuleType
+) -> None:
+    (here := tmp_path / "elsewhere").mkdir()
+    (run := tmp_path / "runs" / "mine").mkdir(parents=True)
+    stored = json.loads((finished / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(stored | {"workload": "mine.swf"}))
+    shutil.copy(SMALL_TRACE, tmp_path / "mine.swf")
+    result = command(algorithm, here, "--resume", "../runs/mine")
+    assert result.code == 2 and result.last == (
+        "error: mine.swf: no such file here; the run's --workload names it. Resume from where the run was started: "
+        f"cd {tmp_path}"
+    )
 
 
 def test_a_checkpoint_of_another_network_is_refused(finished: Path, tmp_path: Path, algorithm: ModuleType) -> None:
