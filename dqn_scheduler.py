@@ -181,7 +181,8 @@ class Replay:
     """The last `buffer_steps` decisions in each of E clusters, in a ring: obs[T, E, D], the rest [T, E]."""
 
     def __init__(self, steps: int, envs: int, width: int, device: torch.device) -> None:
-        self.obs = torch.zeros(steps, envs, width, device=device)
+        # In memory a cluster's decisions lie side by side: they are alike, so a checkpoint is half as large.
+        self.obs = torch.zeros(envs, steps, width, device=device).transpose(0, 1)
         self.actions = torch.zeros(steps, envs, dtype=torch.long, device=device)
         self.rewards, self.dones = torch.zeros(2, steps, envs, device=device)
         self.count = 0
@@ -204,12 +205,14 @@ class Replay:
         return vars(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.obs.copy_(state["obs"])
+        vars(self).update({name: value for name, value in state.items() if name != "obs"})
 
     def observations(self, layout: Layout, rows: Tensor, clusters: Tensor) -> Observation:
         """Those of rows[B] in clusters[B]."""
-        places = rows * self.obs.shape[1] + clusters
-        return Observation(*(part.index_select(0, places) for part in layout.split(self.obs.flatten(0, 1))))
+        places = clusters * self.obs.shape[0] + rows
+        parts = layout.split(self.obs.transpose(0, 1).flatten(0, 1))
+        return Observation(*(part.index_select(0, places) for part in parts))
 
 
 def preferring(values: Tensor, jobs: Tensor, nodes: Tensor, cluster: Tensor, margin: float) -> Tensor:

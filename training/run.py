@@ -41,7 +41,7 @@ from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
 from simulator.rules import parse_rule
 from simulator.schedule import Schedule
 from training.arguments import RunArgs
-from training.checkpoint import Stateful, load_networks, networks, random_state, save, set_random_state
+from training.checkpoint import Stateful, load, load_networks, networks, random_state, save, set_random_state
 from training.export import FollowRule, check_export, export_onnx
 from training.folder import free_folder, lock, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
@@ -333,7 +333,7 @@ class Run:
         """Raises ValueError: the checkpoint is damaged or from another version, or the workload is not what it was."""
         path = self.folder / "checkpoint.pt"
         try:
-            state = torch.load(path, map_location=self.device, weights_only=False)
+            state = load(path, self.device)
             if state.get("jobs_sha256", self.jobs_sha256) != self.jobs_sha256:  # older checkpoints have none
                 raise Changed
             for name, part in self.parts.items():

@@ -22,15 +22,19 @@ from learners import SMALL, begun, command, logged, run_folder, scalars, script,
 from places import ROOT
 from places import SMALL as SMALL_TRACE
 
+import dqn_scheduler
 import training.run
+from dqn_scheduler import Replay
 from policies import OnnxPolicy
+from simulator.observation import Layout
+from training.checkpoint import load, save
 from training.run import Run
 
 Change = pytest.MonkeyPatch
 
 
 def checkpoint_of(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoint.pt", weights_only=False)
+    return load(run / "checkpoint.pt", torch.device("cpu"))
 
 
 def in_iteration(monkeypatch: Change, number: int, happens: Callable[[Run], object]) -> None:
@@ -218,6 +222,22 @@ def test_the_first_checkpoint_is_written_at_once_and_others_as_often_as_asked_fo
     assert told == [*range(1, 9), 8]
 
 
+def test_a_checkpoint_by_default_flags_is_small(tmp_path: Path) -> None:
+    """A replay memory and environments as large as DQN's by default, which are all but empty so far: 640 MB."""
+    layout, clusters = Layout(64, 8, 2), dqn_scheduler.Args.num_envs
+    replay = Replay(dqn_scheduler.Args.buffer_steps, clusters, layout.size, torch.device("cpu"))
+    obs = torch.zeros(clusters, layout.size)
+    for step in range(128):  # every cluster has three jobs in its queue, each a row of 16 features, one of which moves
+        obs[:, :48] = torch.rand(clusters, 48, generator=torch.Generator().manual_seed(1))
+        obs[:, 0] = torch.rand(clusters, generator=torch.Generator().manual_seed(step))
+        replay.add(obs, *torch.zeros(3, clusters))
+    save(tmp_path / "checkpoint.pt", {"replay": replay.state_dict()})
+    assert replay.obs.nbytes > 500e6 and (tmp_path / "checkpoint.pt").stat().st_size < 10e6
+    again = Replay(128, clusters, layout.size, torch.device("cpu"))
+    again.load_state_dict(load(tmp_path / "checkpoint.pt", torch.device("cpu"))["replay"])
+    assert torch.equal(again.obs, replay.obs) and again.obs.stride() == replay.obs.stride() and again.count == 128
+
+
 def test_two_do_not_work_on_the_same_run(tmp_path: Path, algorithm: ModuleType) -> None:
     def another(run: Run) -> None:
         second = command(algorithm, tmp_path, "--resume", str(run.folder))
@@ -383,5 +403,5 @@ def test_kill_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()
-        state = torch.load(path, weights_only=False)
+        state = load(path, torch.device("cpu"))
         assert (state["x"] == state["k"]).all()
