@@ -43,7 +43,7 @@ from simulator.schedule import Schedule
 from training.arguments import RunArgs
 from training.checkpoint import Stateful, load, load_networks, networks, random_state, save, set_random_state
 from training.export import FollowRule, check_export, export_onnx
-from training.folder import free_folder, lock, new_folder
+from training.folder import free_folder, lock, named_folder, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
 from training.validation import Validation
 from workloads.files import digest, replacing, write_json
@@ -145,7 +145,7 @@ class Run:
             if args.run_name is None:
                 self.folder = new_folder(args.workload, args.exp_name, args.seed)
             else:
-                self.folder.mkdir(parents=True)
+                self.folder = named_folder(args.run_name)
             self.open.enter_context(lock(self.folder))
         if args.track:
             start_wandb(self.folder, asdict(args), sync_tensorboard=True, id=self.folder.name, resume="allow")

@@ -237,7 +237,7 @@ def test_a_file_that_stands_for_a_rule_is_a_rule_and_is_called_so(
     run: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nowhere is training credited with what a rule does, and the best rule is the best of all of them."""
-    name = "small__ppo_scheduler__1__1700000000"
+    name = "small__ppo_scheduler__1__1700000000-2"
     write_policy(Path(name) / "policy.onnx", reference="easy-ljf", rule="easy-ljf", steps=0)
     write_policy(Path("other/policy.onnx"))
     small = ("compare", "--workload", SMALL, "--loads", 1.0, "--episode-jobs", 901, "--objective", "wait")

@@ -7,12 +7,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from places import ROOT
 
 import training.folder
-from training.folder import free_folder, lock, new_folder
+from training.folder import free_folder, lock, named_folder, new_folder
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,8 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(monkeypatc
     monkeypatch.setattr(training.folder, "time", SimpleNamespace(time=lambda: 1_700_000_000.5))
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: new_folder("a/small.swf.gz", "ppo", 3), range(8)))
-    assert sorted(map(str, folders)) == [f"runs/small__ppo__3__{1_700_000_000 + k}" for k in range(8)]
+    behind = ["", *(f"-{number}" for number in range(2, 9))]
+    assert sorted(map(str, folders)) == [f"runs/small__ppo__3__1700000000{suffix}" for suffix in behind]
     assert all(folder.is_dir() for folder in folders)
 
 
@@ -55,6 +57,19 @@ def test_a_name_is_not_free_if_its_run_came_further(name: str) -> None:
     (folder / name).write_text("")
     with pytest.raises(ValueError, match="runs/a is there already"):
         free_folder("a")
+
+
+def test_of_two_that_take_the_same_name_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one was as fast: it has made the folder after this one has looked."""
+    usual = Path.mkdir
+
+    def slower(path: Path, *others: Any, **flags: Any) -> None:
+        usual(path, *others, **flags)
+        usual(path)
+
+    monkeypatch.setattr(Path, "mkdir", slower)
+    with pytest.raises(ValueError, match="runs/a is there already; go on with it by --resume runs/a, or"):
+        named_folder("a")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/"])
