@@ -13,9 +13,14 @@ from workloads.load import workload_name
 
 
 def new_folder(workload: str, exp_name: str, seed: int) -> Path:
-    """Make runs/WORKLOAD__EXP_NAME__SEED__TIME; behind the time of others that start in the same second stands -2, -3,
-    and so on. Whoever makes a folder has it: no two runs ever share one."""
-    first = Path("runs") / f"{workload_name(workload)}__{exp_name}__{seed}__{int(time.time())}"
+    """Make runs/WORKLOAD__EXP_NAME__SEED__TIME, see `timed_folder`."""
+    return timed_folder(f"{workload_name(workload)}__{exp_name}__{seed}")
+
+
+def timed_folder(name: str) -> Path:
+    """Make runs/NAME__TIME; behind the time of others that start in the same second stands -2, -3, and so on. Whoever
+    makes a folder has it: no two runs ever share one."""
+    first = Path("runs") / f"{name}__{int(time.time())}"
     for number in count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
         try:

@@ -7,7 +7,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from places import ROOT
@@ -59,17 +58,16 @@ def test_a_name_is_not_free_if_its_run_came_further(name: str) -> None:
         free_folder("a")
 
 
-def test_of_two_that_take_the_same_name_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one was as fast: it has made the folder after this one has looked."""
-    usual = Path.mkdir
+def test_of_all_that_take_the_same_name_at_once_one_gets_it() -> None:
+    def take(_: int) -> str:
+        try:
+            return str(named_folder("a"))
+        except ValueError as error:
+            return str(error)[:22]
 
-    def slower(path: Path, *others: Any, **flags: Any) -> None:
-        usual(path, *others, **flags)
-        usual(path)
-
-    monkeypatch.setattr(Path, "mkdir", slower)
-    with pytest.raises(ValueError, match="runs/a is there already; go on with it by --resume runs/a, or"):
-        named_folder("a")
+    with ThreadPoolExecutor(8) as pool:
+        said = sorted(pool.map(take, range(8)))
+    assert said == ["runs/a", *["runs/a is there already"[:22]] * 7]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/"])
