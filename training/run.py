@@ -46,9 +46,11 @@ from training.export import FollowRule, check_export, export_onnx
 from training.folder import free_folder, lock, named_folder, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
 from training.validation import Validation
-from workloads.files import digest, replacing, write_json
+from workloads.files import digest, from_here, replacing, write_json
 from workloads.jobs import Workload, at_loads, workload_digest
 from workloads.load import load_workload
+
+BENCHMARK = Path(__file__).parents[1] / "benchmark.py"
 
 
 class Changed(Exception):
@@ -81,6 +83,10 @@ class Run:
         self.console = Console(stderr=True)
         self.say = partial(self.console.print, markup=False, soft_wrap=True)  # commands to copy
         self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+        if args.cuda and not torch.cuda.is_available():
+            if not self.resumed:
+                raise ValueError("--cuda: PyTorch finds no GPU here; leave it out")
+            self.say("PyTorch finds no GPU here: the run, which had one, goes on without.")
         torch.manual_seed(args.seed)
         torch.set_num_threads(1)  # the other cores are for the simulator, and for the halves of an update
         torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -243,12 +249,13 @@ class Run:
             rule = parse_rule(validation.stands_for).title
             self.say(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")
         if not finished:
-            script = Path(inspect.getfile(type(args))).name  # somebody's copy, it may be
+            script = from_here(Path(inspect.getfile(type(args))))  # somebody's copy, it may be
             self.say(f"Interrupted. Go on with: python {script} --resume {shlex.quote(str(self.folder))}")
         else:
             policies = *dict.fromkeys(("fifo", "easy-fifo", validation.best_rule)), str(self.folder / "policy.onnx")
             self.say(
-                f"Compare on the test split: python benchmark.py compare --workload {shlex.quote(args.workload)} "
+                f"Compare on the test split: python {from_here(BENCHMARK)} compare --workload "
+                f"{shlex.quote(args.workload)} "
                 f"--objective {args.objective} --policies {shlex.join(policies)}"
             )
         return 0 if finished else 128 + self.signal

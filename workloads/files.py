@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,3 +49,8 @@ def digest(*parts: bytes) -> str:
     for part in parts:
         total.update(hashlib.sha256(part).digest())
     return total.hexdigest()
+
+
+def from_here(path: Path) -> str:
+    """How a shell finds the file from where its user stands: for commands that are printed."""
+    return shlex.quote(os.path.relpath(path))

@@ -67,7 +67,8 @@ def test_an_interrupted_run_is_saved_and_equals_an_uninterrupted_one(
         stopped = command(algorithm, tmp_path, *SMALL[algorithm])
     run = run_folder(tmp_path)
     assert stopped.code == 130 and "Stopping" in stopped.err and "easy-sjf" in stopped.out
-    assert stopped.err.endswith(f"Go on with: python {algorithm.__name__}.py --resume runs/{run.name}\n")
+    said = f"Go on with: python {os.path.relpath(ROOT, tmp_path)}/{algorithm.__name__}.py --resume runs/{run.name}\n"
+    assert stopped.err.endswith(said)
     assert checkpoint_of(run)["iteration"] == 3
     assert list(scalars(run, "charts/SPS")) == [64, 128, 192]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
