@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from policies import load_policy
-from simulator.schedule import Schedule
+from simulator.schedule import Schedule, nothing_to_schedule
 from training.folder import new_folder
 from training.logs import log_flags, start_wandb
 from workloads.files import check_output, write_json
@@ -105,7 +105,7 @@ def run(args: Args) -> dict[str, dict[str, float]]:
 
         tensorboard.patch(root_logdir=str(folder))
         start_wandb(folder, asdict(args))
-    results = {}
+    results, waits = {}, []
     bar = Console(stderr=True)
     for rule in track(rules, "Replaying", console=bar, transient=True, disable=not bar.is_terminal):
         schedules = rule.schedule(workload)
@@ -114,6 +114,9 @@ def run(args: Args) -> dict[str, dict[str, float]]:
             log_flags(writer, asdict(args))
             log(schedules, writer)
         results[rule.name] = figures(schedules)
+        waits += [schedule.wait for schedule in schedules]
+    if idle := nothing_to_schedule(workload, waits):
+        print(idle, file=sys.stderr)
     return results
 
 

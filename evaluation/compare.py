@@ -16,7 +16,7 @@ from evaluation.replays import Replays, Scenario, replay_all
 from evaluation.statistics import METRICS, statistics, tail
 from policies import Policy, PolicyError, RulePolicy, called, load_policy
 from simulator.rules import RULES
-from simulator.schedule import METRIC
+from simulator.schedule import METRIC, nothing_to_schedule
 from workloads.jobs import Workload
 
 
@@ -52,6 +52,8 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
         **statistics(counted.per_block, args.seed), "tails": {name: tail(counted.waits(name)) for name in policies},
         "left_out": list(dict.fromkeys(left_out)),
     }  # fmt: skip
+    if idle := nothing_to_schedule(counted.workload, map(counted.waits, policies)):
+        results |= {"nothing_to_schedule": idle, "notes": [idle]}
     if args.report:
         from evaluation.report import write_report  # matplotlib and jinja2 take a second, which only a report is worth
 

@@ -73,7 +73,8 @@ def add_figures(
         "attention": {name: attention(policy, headline.workload) for name, policy in asked.items()},
         "learning": {name: learning_curve(policy.path.parent) for name, policy in networks.items()},
     }  # fmt: skip
-    results["notes"] = [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
+    notes = results.get("notes", [])
+    results["notes"] = notes + [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
 
 
 def trained(policy: OnnxPolicy) -> dict[str, Any]:

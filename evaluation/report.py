@@ -196,7 +196,8 @@ def _headline(results: dict[str, Any], look: Look) -> Section:
     tables = [Table(f"Mean {results['objective']} of a job", head, rows), _all_metrics(results, look)]
     tables += [_relative(results, look, rule) for rule in rules]
     plots = [metric_bars(results, look)] + [load_sweep(results, look)] * (len(results["loads"]) > 1)
-    return Section("Headline", [text, *_at_loads(results, look)], [], tables, _reading(results, look), plots)
+    idle = [results["nothing_to_schedule"]] if "nothing_to_schedule" in results else []
+    return Section("Headline", [text, *_at_loads(results, look)], idle, tables, _reading(results, look), plots)
 
 
 def _reading(results: dict[str, Any], look: Look) -> list[str]:

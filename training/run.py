@@ -95,6 +95,8 @@ class Run:
         self.validation = Validation(args, workload, self.console)
         # Of a trace these are all jobs, of a preset those of training.
         self.jobs_sha256 = digest(*(workload_digest(w).encode() for w in (workload, self.validation.workload)))
+        if idle := self.validation.nothing_to_schedule():
+            self.say(idle)
         args.reference = self.validation.reference
         self.envs = SchedulerVectorEnv(
             args.num_envs, at_loads(workload, args.training_loads), num_jobs=args.num_jobs,

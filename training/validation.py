@@ -14,7 +14,7 @@ from policies import called
 from simulator.kernels import EASY, TETRIS, TUNED
 from simulator.replay import simulate
 from simulator.rules import RULES, parse_rule
-from simulator.schedule import METRIC, Schedule
+from simulator.schedule import METRIC, Schedule, nothing_to_schedule
 from training.arguments import RunArgs
 from training.judgement import Judgement, judge, some_runs
 from training.tuning import tune
@@ -56,6 +56,11 @@ class Validation:
         """Under the semantics of the run."""
         args, threads = self.args, os.cpu_count() or 1
         return simulate(workload, rule, segments, backfill=args.backfill, lock_in=args.lock_in, threads=threads)
+
+    def nothing_to_schedule(self) -> str | None:
+        """A line that says so, where under plain FIFO, under which most wait, hardly anybody does."""
+        schedules = self.replay("fifo", self.workload, self.segments)
+        return nothing_to_schedule(self.workload, [np.concatenate([schedule.wait for schedule in schedules])])
 
     def judge_rule(
         self, name: str, workload: Workload, segments: np.ndarray, objective: str | None = None

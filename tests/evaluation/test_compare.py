@@ -264,6 +264,27 @@ def test_a_file_that_stands_for_a_rule_is_a_rule_and_is_called_so(
     assert standing in results["plots"]["waits"]["share"]
 
 
+def idle_trace(path: Path, count: int, waiting: int = 0) -> None:
+    """Jobs of a minute an hour apart on a machine of eight; so many come with the one before them."""
+    job = "{0} {1} 0 60 8 -1 -1 8 100 -1 1 1 1 1 1 1 -1 -1\n"
+    times = [3600 * (k - (count - waiting <= k)) for k in range(count)]
+    path.write_text("; MaxProcs: 8\n" + "".join(job.format(k + 1, time) for k, time in enumerate(sorted(times))))
+
+
+def test_nobody_waits_and_it_says_so(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    idle_trace(Path("idle.swf"), 200)
+    said = "idle.swf: there is nothing to schedule: 0.00% of the jobs wait at all, and the offered load is 1.7% of what"
+    rest = ("--loads", 1.0, "--episode-jobs", 1000, "--report", "report")
+    results = run("compare", "--workload", "idle.swf", "--policies", "fifo", "easy-sjf", *rest)
+    assert f"benchmark.py: {said} the cluster can do\n" in capsys.readouterr().err
+    assert results["notes"] == [f"{said} the cluster can do"] and said in Path("report/report.md").read_text()
+    idle_trace(Path("idle.swf"), 1000, waiting=1)  # the 0.3 % of the test split
+    assert run("compare", "--workload", "idle.swf", "--policies", "fifo")["notes"][0].startswith(
+        "idle.swf: there is next to nothing to schedule: 0."
+    )
+    assert "notes" not in run("compare", "--workload", SMALL, "--policies", "easy-fifo")
+
+
 def test_two_files_that_stand_for_the_same_rule_are_told_apart(run: Callable[..., dict]) -> None:
     for folder in ("one/run", "two/run"):
         Path(folder).mkdir(parents=True)
