@@ -254,6 +254,7 @@ class Metadata:
     steps: int
     seed: int
     rule: str | None  # where training did not beat this rule and the file stands for it
+    resource_names: list[str] | None = None  # those of former versions do not know them
 
 
 class OnnxPolicy(Policy):

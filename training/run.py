@@ -53,6 +53,9 @@ from workloads.load import load_workload
 BENCHMARK = Path(__file__).parents[1] / "benchmark.py"
 
 
+UNNAMED = tuple(f"resource {r}" for r in range(16))  # in a record of states that do not name them
+
+
 class Changed(Exception):
     """The workload of a run is not what it was when the run began."""
 
@@ -299,13 +302,14 @@ class Run:
 
     def export(self, network: nn.Module, file: str, rule: str | None) -> None:
         """Write a network into the folder; `rule`: it stands for that rule."""
-        args = self.args
+        args, names = self.args, self.envs.workload.cluster.resources
         metadata = {
             "version": VERSION, "algorithm": self.algorithm, "workload": args.workload, "objective": args.objective,
             "reference": rule or args.reference, "backfill": args.backfill, "lock_in": args.lock_in,
             "queue_window": args.queue_window, "nodes": self.layout.nodes, "resources": self.layout.resources,
             "job_features": JOB_FEATURES, "node_features": NODE_FEATURES, "cluster_features": CLUSTER_FEATURES,
             "steps": self.iteration * args.decisions, "seed": args.seed, "rule": rule,
+            "resource_names": None if names == UNNAMED[: len(names)] else names,
         }  # fmt: skip
         export_onnx(network, self.folder / file, self.layout, metadata)
 
