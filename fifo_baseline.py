@@ -28,6 +28,7 @@ from training.folder import new_folder
 from training.logs import log_flags, start_wandb
 from workloads.files import check_output, write_json
 from workloads.load import load_workload
+from workloads.reading import Reading
 
 EPISODE_JOBS = 512  # the environment's default `num_jobs`
 CHARTS = ("latency", "wait", "bounded_slowdown", "utilization")
@@ -35,7 +36,7 @@ EVAL = (*CHARTS, "wait_p99")
 
 
 @dataclass
-class Args:
+class Args(Reading):
     exp_name: str = "fifo_baseline"
     """the name of this experiment"""
     seed: int = 1
@@ -49,7 +50,7 @@ class Args:
 
     # Algorithm specific arguments
     workload: str = "cloud"
-    """a preset (cloud, hpc, manufacturing, datacenter, tasks) or the path of an SWF trace, plain or gzipped"""
+    """a preset (cloud, hpc, manufacturing, datacenter, tasks), or the path of a trace or table (.swf, .csv, ...)"""
     rules: tuple[str, ...] = ("fifo",)
     """the rules to run, each logged under its name; `plan` and `plan:RULE` plan ahead over a rule"""
     split: Literal["train", "validation", "test", "all"] = "validation"
@@ -93,7 +94,7 @@ def log(schedules: list[Schedule], writer: SummaryWriter) -> None:
 
 def run(args: Args) -> dict[str, dict[str, float]]:
     """Replay and log every rule. Returns their figures."""
-    workload = load_workload(args.workload, args.split)
+    workload = load_workload(args.workload, args.split, args)
     rules = [load_policy(name) for name in dict.fromkeys(args.rules)]  # a wrong name ends it before anything is written
     if not rules:
         raise ValueError("--rules: none given; name some, such as: fifo easy-fifo")

@@ -8,7 +8,8 @@ Slurm keeps placement and backfilling; the agent only says in which order the pe
 Slurm does not know: killed at any moment it goes on from what Slurm says, and a cluster whose agent is dead has the
 last order, with new jobs behind it in the order of their submission.
 
-The cluster is one pool of processors, as in an SWF trace. Spoken is version 0.0.38 of Slurm's REST API (Slurm 22.05).
+The cluster is one pool of processors, as in an SWF trace. Spoken is whichever version of Slurm's REST API slurmrestd
+knows, from v0.0.38 (Slurm 22.05) to v0.0.43 (25.05).
 The work is done in deployment/: priorities.py (the agent: see Agent.one_pass), slurm.py (Slurm's REST API) and
 accounting.py (the export).
 """
@@ -22,7 +23,7 @@ import tyro
 
 from deployment.accounting import Export, export
 from deployment.priorities import Agent, Args, Metrics, check, log, serve_metrics, warm_up
-from deployment.slurm import Slurm
+from deployment.slurm import Slurm, SlurmError
 from policies import load_policy
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         serve_metrics(args, metrics)
         log.info("mode %s, policy %s, socket %s", args.mode, policy.name, args.socket)
         Agent(args, Slurm(args.socket), policy, metrics).run(stop)
-    except (ValueError, OSError) as error:  # also PolicyError and WorkloadError
+    except (ValueError, OSError, SlurmError) as error:  # also PolicyError and WorkloadError
         print(f"slurm_agent.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -21,12 +21,13 @@ from training.judgement import costs
 from training.tuning import tune
 from workloads.jobs import at_loads
 from workloads.load import load_workload
+from workloads.reading import Reading
 
 
 @dataclass
-class Args:
+class Args(Reading):
     workload: str = "cloud"
-    """cloud, hpc, manufacturing, datacenter, tasks, or the path of a trace (.swf, .swf.gz, .jsonl)"""
+    """a preset (cloud, hpc, manufacturing, datacenter, tasks), or the path of a trace or table (.swf, .csv, ...)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
     seed: int = 1
@@ -37,11 +38,13 @@ class Args:
 
 def main(args: Args) -> None:
     console = Console(stderr=True)
+    workload = load_workload(args.workload, "train", args)
+    workload.report()
     rule = tune(
-        load_workload(args.workload, "train"), args.objective, args.seed, args.generations,
+        workload, args.objective, args.seed, args.generations,
         each=lambda steps: track(steps, "tuning", console=console),
     )  # fmt: skip
-    validation = at_loads(load_workload(args.workload, "validation"), (0.9, 1.0, 1.1))
+    validation = at_loads(load_workload(args.workload, "validation", args), (0.9, 1.0, 1.1))
     found = {name: costs(simulate(validation, name), args.objective).mean(0) for name in (*RULES, rule)}
     for name in (*sorted(RULES, key=lambda name: found[name][0])[:5], "easy-fifo", rule):
         cost, p99, longest, _ = found[name] / found["easy-fifo"] - 1

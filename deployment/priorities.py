@@ -23,6 +23,7 @@ from deployment.slurm import (
     FINISHED,
     PENDING,
     RUNNING,
+    NotUnderstood,
     Refused,
     Slurm,
     SlurmError,
@@ -47,6 +48,7 @@ LIVE_LEVELS = 0xFFFF0001, 0xFFFFFFF0
 STEP = 64  # between two levels where there is room, for jobs to come between
 UPDATING = 0.5  # seconds after which a pass stops sending and looks again: 1,000 new priorities take Slurm longer
 FULL_LISTING = 30.0  # seconds after which jobs are listed although nothing is said to have changed: waits have grown
+NOT_UNDERSTOOD = 60.0  # seconds of answers that are not understood, and the agent gives up
 NODES_EVERY = 10.0  # seconds between two looks at which nodes are in use
 RECORDED = 10_000  # finished jobs that are kept for hindsight and for what is known of their users
 HINDSIGHT_JOBS = 20  # fewer say nothing
@@ -304,22 +306,33 @@ class Agent:
         self.worker = ThreadPoolExecutor(1)
 
     def run(self, stop: threading.Event) -> None:
-        """Until `stop` is set. Whatever fails is tried again, after pauses that grow to 30 s."""
-        pause, failed = 0.0, 0.0
+        """Until `stop` is set. Whatever fails is tried again, after pauses that grow to 30 s.
+
+        Raises:
+            NotUnderstood: for a minute no answer of Slurm's has been understood, so that the agent is of no use.
+        """
+        pause, failed, puzzled = 0.0, 0.0, 0.0
         while not stop.wait(pause or self.args.interval):
             try:
                 self.one_pass()
                 self.look_back()
             except (SlurmError, ValueError) as error:  # ValueError: also PolicyError and WorkloadError
                 self.metrics.failures.inc()
+                puzzled = (puzzled or time.time()) if isinstance(error, NotUnderstood) else 0.0
+                if puzzled and time.time() - puzzled >= NOT_UNDERSTOOD:
+                    self.close()
+                    raise
                 failed, pause = failed or time.time(), min(max(0.5, 2 * pause), 30.0)
                 log.warning("%s; the order stays as it is, next try in %.1f s", error, pause)
                 self.listed = self.looked = 0.0
             else:
                 if failed:
                     log.info("Slurm answers again, after %.0f s", time.time() - failed)
-                pause = failed = 0.0
+                pause = failed = puzzled = 0.0
         self.look_back(last=True)
+        self.close()
+
+    def close(self) -> None:
         self.worker.shutdown()
         self.metrics.board.write(Writer.close)
 
@@ -353,20 +366,21 @@ class Agent:
         self.metrics.own.observe(time.perf_counter() - own - (self.slurm.seconds - waiting))
 
     def look_at_nodes(self) -> None:
-        self.processors = processors_in_use(self.slurm.nodes(), self.args.partition)
+        self.processors = processors_in_use(self.slurm.nodes(), self.args.partition, self.slurm.listings["nodes"])
         if not self.processors:
             which = f" of partition {self.args.partition}" if self.args.partition else ""
             self.complain(f"no node{which} takes jobs, so no job is ordered; sinfo shows partitions and nodes")
 
     def snapshot(self, records: list[dict[str, Any]], now: float) -> Snapshot:
         """Sort the records into pending, running and finished jobs; count, or complain about, the others."""
+        unreadable = 0
         pending, running, others = [], [], Counter({"held": 0, "dependency": 0, "begin time": 0, "unknown": 0})
         for record in records:
             try:
                 job = job_from_rest(record)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 self.complain(f"a job record that is not as expected ({error!r}); left alone")
-                others["unknown"] += 1
+                unreadable += 1
                 continue
             if self.args.partition not in (None, *job.partition.split(",")):
                 continue
@@ -382,6 +396,10 @@ class Agent:
             elif job.state not in FINISHED:
                 self.complain(f"jobs in the unknown state {job.state}; left alone")
                 others["unknown"] += 1
+        others["unknown"] += unreadable
+        if records and unreadable == len(records):
+            what = f"HTTP 200, and not one of {unreadable} jobs is as expected"
+            raise NotUnderstood(f"GET {self.slurm.listings['jobs']}: {what}")
         while len(self.finished) > RECORDED:
             self.finished.popitem(last=False)
         snapshot = Snapshot(now, self.processors, pending, running, sorted(self.finished.values(), key=lambda j: j.end))

@@ -34,7 +34,8 @@ def compare(args: Compare) -> tuple[dict[str, Any], Table]:
         policies |= added
     workloads[headline].report()
     replays = {scenario: Replays(workload, cuts(args, scenario, workload)) for scenario, workload in workloads.items()}
-    for scenario, name, found in replay_all(workloads, policies, args.report and args.report / "replays", args.workers):
+    kept_in = args.report and args.report / "replays"
+    for scenario, name, found in replay_all(workloads, policies, kept_in, args.workers, args.ray):
         if isinstance(found, str):
             left_out.append(found)
             policies.pop(name, None)

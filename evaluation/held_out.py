@@ -11,17 +11,18 @@ from evaluation.replays import Scenario
 from evaluation.statistics import cut
 from workloads.jobs import Workload, scale_load
 from workloads.load import load_workload
+from workloads.reading import Reading
 
 WARMUP = 0.05  # the share of a continuous replay that is not counted: its machine starts empty
 BASELINES = ("fifo", "easy-fifo")  # a report always has them
 
 
 @dataclass
-class Compare:
+class Compare(Reading):
     """Compare policies on jobs that no training has seen."""
 
     workload: str = "cloud"
-    """a preset (cloud, hpc, manufacturing, datacenter, tasks) or the path of an SWF trace, plain or gzipped"""
+    """a preset (cloud, hpc, manufacturing, datacenter, tasks), or the path of a trace or table (.swf, .csv, ...)"""
     policies: tuple[str, ...] = ("fifo", "easy-fifo", "easy-sjf")
     """rules, run folders and paths of policy.onnx, each with its own patience if @HOURS is behind it; `plan` or
     `plan:RULE`, which plans ahead over a rule; `all` is every rule; the first is what the others differ from"""
@@ -54,6 +55,8 @@ class Compare:
     """the report's sweep: arrivals compressed by these factors"""
     workers: int = 1
     """replay in so many processes"""
+    ray: tuple[str, ...] | None = None
+    """replay on a Ray cluster: the address of one, or nothing behind the flag for one on this machine"""
 
 
 def held_out(args: Compare) -> Workload:
@@ -66,7 +69,7 @@ def held_out(args: Compare) -> Workload:
     for name, lowest in least.items():
         if (value := getattr(args, name)) is not None and value < lowest:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {lowest}")
-    workload = load_workload(args.workload, args.split, runs=args.runs)
+    workload = load_workload(args.workload, args.split, args, runs=args.runs)
     if args.max_jobs:
         workload = replace(workload, segments=shorter(workload.segments, args.max_jobs))
     submit_time = workload.jobs.submit_time.copy()

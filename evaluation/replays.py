@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from evaluation.fan_out import Run, ray_map
 from evaluation.statistics import block_metrics
 from policies import Policy, PolicyError
 from simulator.schedule import Schedule
@@ -69,9 +71,18 @@ class Replays:
 
 
 def replay_all(
-    workloads: dict[Scenario, Workload], policies: dict[str, Policy], folder: Path | None, workers: int
+    workloads: dict[Scenario, Workload],
+    policies: dict[str, Policy],
+    folder: Path | None,
+    workers: int,
+    cluster: tuple[str, ...] | None = None,
 ) -> Iterator[tuple[Scenario, str, tuple[np.ndarray, np.ndarray] | str]]:
-    """What `_replay` returns for every policy in every scenario, as it comes in, with a progress bar."""
+    """What `_replay` returns for every policy in every scenario, in this order, with a progress bar.
+
+    Args:
+        workers: so many processes of this machine.
+        cluster: or else a Ray cluster, by its address; (): one on this machine.
+    """
     if folder:
         folder.mkdir(exist_ok=True)
     tasks = [(scenario, name) for scenario in workloads for name in policies]
@@ -83,7 +94,9 @@ def replay_all(
     ]
     with ExitStack() as stack:
         run: Callable[..., Iterable[Any]] = map
-        if workers > 1:
+        if cluster is not None:
+            run = partial(_on_cluster, stack.enter_context(ray_map(cluster)))
+        elif workers > 1:
             # Spawned: neither onnxruntime nor Numba survives a fork. Ctrl-C is the parent's: what runs is kept.
             ignore = (signal.SIGINT, signal.SIG_IGN)
             pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore)
@@ -94,24 +107,56 @@ def replay_all(
             yield scenario, name, result
 
 
-def _replay(policy: Policy, workload: Workload, file: Path | None) -> tuple[np.ndarray, np.ndarray] | str:
+Found = tuple[np.ndarray, np.ndarray] | str
+
+
+def _on_cluster(
+    run: Run, replay: Callable[..., Found], policies: list[Policy], workloads: list[Workload], files: list[Path | None]
+) -> Iterator[Found]:
+    """What is not kept yet is replayed there, and kept here as soon as it is ready: nodes have disks of their own."""
+    results: dict[int, Found] = {}
+    for index, file in enumerate(files):
+        if (found := _kept(file)) is not None:
+            results[index] = found
+    left = [index for index in range(len(files)) if index not in results]
+    ready = run(replay, [policies[i] for i in left], [workloads[i] for i in left], [None] * len(left))
+    for index in range(len(files)):
+        while index not in results:
+            done, found = next(ready)
+            results[left[done]] = found
+            _keep(files[left[done]], found)
+        yield results.pop(index)
+
+
+def _replay(policy: Policy, workload: Workload, file: Path | None) -> Found:
     """Start times and nodes of the jobs of all segments, from the file or else into it; or what is wrong."""
-    if file and file.exists():
-        try:
-            with np.load(file) as found:
-                return found["start_time"], found["node"]
-        except Exception:  # whatever the damage leads to: replay again
-            pass
+    if (kept := _kept(file)) is not None:
+        return kept
     try:
         schedules = policy.schedule(workload)
     except PolicyError as error:
         return str(error)
     start_time = np.concatenate([schedule.start_time for schedule in schedules])
     node = np.concatenate([schedule.node for schedule in schedules])
-    if file:
-        with replacing(file) as temporary, open(temporary, "wb") as stream:
-            np.savez_compressed(stream, start_time=start_time, node=node)
+    _keep(file, (start_time, node))
     return start_time, node
+
+
+def _kept(file: Path | None) -> Found | None:
+    if file and file.exists():
+        try:
+            with np.load(file) as found:
+                return found["start_time"], found["node"]
+        except Exception:  # whatever the damage leads to: replay again
+            pass
+    return None
+
+
+def _keep(file: Path | None, found: Found) -> None:
+    """Refusals are not kept: they are soon found again."""
+    if file and not isinstance(found, str):
+        with replacing(file) as temporary, open(temporary, "wb") as stream:
+            np.savez_compressed(stream, start_time=found[0], node=found[1])
 
 
 def replaying(items: Iterable[T], total: int) -> Iterable[T]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -43,6 +43,7 @@ from training.run import Run
 from workloads.generated import generate_jobs
 from workloads.jobs import Cluster, Workload, scale_load
 from workloads.load import load_workload
+from workloads.reading import Reading
 
 ID = "ResourceRL/Scheduler-v0"
 RULES = ("easy-fifo", "easy-sjf", "easy-wfp3+sjf")
@@ -60,7 +61,7 @@ def measure(args: Speed) -> tuple[dict[str, Any], Table]:
         raise ValueError(f"--seconds {args.seconds}: give more than 0")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: PyTorch finds no GPU here; leave it out")
-    workload = load_workload(args.workload, "all")
+    workload = load_workload(args.workload, "all", args)
     workload.report()
     few = first_jobs(workload, FEW)
     flags = {name: value for name, value in asdict(args).items() if name != "output"}
@@ -227,6 +228,7 @@ def learner(args: Speed, script: ModuleType, last: Callable[[Run], None]) -> dic
     usual = script.Args()
     flags = script.Args(
         workload=os.path.abspath(args.workload) if os.path.exists(args.workload) else args.workload, cuda=args.cuda,
+        **{field.name: getattr(args, field.name) for field in fields(Reading)},
         num_envs=args.num_envs, num_steps=args.num_steps, tune_generations=1,
         total_timesteps=round(usual.total_timesteps * min(1.0, args.seconds)),
         num_evaluations=max(1, round(usual.num_evaluations * min(1.0, args.seconds))),
@@ -423,7 +425,7 @@ def flat(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
 
 
 @dataclass
-class Speed:
+class Speed(Reading):
     """Measure how fast the simulator, the environments and the learners are on this machine."""
 
     workload: str = "hpc"

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from temporalio import activity
@@ -39,6 +39,9 @@ from orchestration.config import (
     TrainRequest,
 )
 from orchestration.store import Store, deploy
+
+if TYPE_CHECKING:
+    from workloads.reading import Reading
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -141,12 +144,27 @@ def collect_records(asked: Step) -> Data:
     from workloads.saved import save
 
     name = asked.config.workload
-    workload = load_workload(name, "all")
+    workload = load_workload(name, "all", reading_of(asked.config.reading_flags))
     path = scratch(asked) / "workload.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path, workload.cluster, workload.jobs)
     reference = Store(asked.config.store).put(f"{asked.folder}/workload.npz", path.read_bytes())
     return Data(reference, len(workload.jobs), recorded=name.endswith(".jsonl"))
+
+
+def reading_of(flags: str) -> "Reading":
+    """
+    Raises:
+        ValueError: they are not flags of reading.
+    """
+    import tyro
+
+    from workloads.reading import Reading
+
+    try:
+        return tyro.cli(Reading, args=shlex.split(flags), console_outputs=False)
+    except SystemExit:
+        raise ValueError(f"reading_flags {flags!r}: give --columns, --nodes, --partition or --skip-bad-lines") from None
 
 
 @step

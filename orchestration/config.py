@@ -23,7 +23,10 @@ class TrainingConfig:
     """How a loop trains; `configure` changes it between two rounds."""
 
     workload: str = "cloud"
-    """a preset or `generated` (both: new jobs every round), a trace, or the record of serve.py (.jsonl)"""
+    """a preset or `generated` (both: new jobs every round), a trace or table, or the record of serve.py (.jsonl)"""
+    reading_flags: str = ""
+    """how the trace or table is read, as the other commands have it, in one word:
+    --reading-flags='--columns openb --nodes nodes.csv'"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
     algorithm: Literal["ppo", "dqn"] = "ppo"
@@ -87,12 +90,17 @@ def check(config: TrainingConfig) -> None:
     scheme, there, _ = config.store.partition("://")
     if there and scheme not in ("s3", "gs", "az"):
         raise ValueError(f"store {config.store}: give a folder, or an address that begins with s3://, gs:// or az://")
-    try:
-        flags = shlex.split(config.training_flags)
-    except ValueError as error:
-        raise ValueError(f"training_flags {config.training_flags!r}: {error}; close what is quoted") from None
+    _words("reading_flags", config.reading_flags)
+    flags = _words("training_flags", config.training_flags)
     if taken := [flag for flag in flags if flag.partition("=")[0].lstrip("-").replace("_", "-") in OURS]:
         raise ValueError(f"training_flags {taken[0]}: the loop gives this one itself; leave it out")
+
+
+def _words(name: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{name} {text!r}: {error}; close what is quoted") from None
 
 
 def changed(config: TrainingConfig, settings: dict[str, str]) -> TrainingConfig:

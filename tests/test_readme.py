@@ -125,6 +125,23 @@ def write_record(path: Path) -> None:
         service.decide(json.dumps(state_at(schedule, now)).encode())
 
 
+def write_tables(folder: Path) -> None:
+    """The small trace's jobs as a table of one's own and in the form of openb, their nodes, and a mapping."""
+    jobs = load_workload(str(SMALL), "all").jobs
+    start, cpu = jobs.submit_time + jobs.wait_time, jobs.demand[:, 0] * 1000 / 4
+    head, times = (
+        "cpu_milli,creation_time,scheduled_time,deletion_time",
+        (jobs.submit_time, start, start + jobs.run_time),
+    )
+    for name, more in (("jobs.csv", "owner,gpus"), ("openb_pod_list_default.csv", "memory_mib,num_gpu,gpu_milli")):
+        rows = [f"{c},{s},{b},{e}{',1' * (more.count(',') + 1)}" for c, s, b, e in zip(cpu, *times, strict=True)]
+        (folder / name).write_text("\n".join([f"{head},{more}", *rows]))
+    (folder / "nodes.csv").write_text("name,cpu,gpu\n" + "n,64,8\n" * 4)
+    (folder / "openb_node_list_all_node.csv").write_text("sn,cpu_milli,memory_mib,gpu\n" + "n,64000,65536,8\n" * 4)
+    roles = "submit: creation_time\nstart: scheduled_time\nend: deletion_time\nuser: owner"
+    (folder / "mapping.yaml").write_text(f"{roles}\ndemand: {{cpu: cpu_milli/1000, gpu: gpus}}\n")
+
+
 class Reader:
     """Types the commands in a folder with the traces that the README names; what is typed twice runs once."""
 
@@ -135,6 +152,7 @@ class Reader:
         write_record(folder / "decisions.jsonl")
         recorded = json.loads((ROOT / "tests" / "data" / "slurm_22_05.json").read_text())
         (folder / "jobcomp.log").write_text(recorded["jobcomp"])
+        write_tables(folder)
         if SHARED.is_dir():
             (folder / "traces").symlink_to(TRACES)
             (folder / "rlscheduler.json").symlink_to(REFERENCE)

@@ -12,17 +12,20 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 from msgspec import Meta
 
+from workloads.reading import Reading
+
 # Ranges of flags, which `check` reads from their types
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+AtLeastOne = Annotated[float, Meta(ge=1)]
 Loads = Annotated[tuple[float, ...], Meta(gt=0)]  # each of them
 
 
 @dataclass
-class RunArgs:
+class RunArgs(Reading):
     exp_name: str = "run"
     """the name of this experiment"""
     seed: Natural = 1
@@ -47,7 +50,7 @@ class RunArgs:
     """a checkpoint is written after the first iteration and then every so many seconds: what a kill may cost"""
 
     workload: str = "cloud"
-    """cloud, hpc, manufacturing, datacenter, tasks, or the path of a trace (.swf, .swf.gz, .jsonl)"""
+    """a preset (cloud, hpc, manufacturing, datacenter, tasks), or the path of a trace or table (.swf, .csv, ...)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
     learn_from: Literal["latency", "wait", "slowdown", "tail"] | None = None
@@ -59,9 +62,9 @@ class RunArgs:
     on training and validation; tuned: one that is fitted to the training jobs first"""
     tune_generations: Natural = 50
     """how long to fit a tuned one"""
-    patience: NotNegative = 4.0
-    """a job that waits for longer than so many times the longest wait under EASY-FIFO on the training split goes first;
-    0: no such thing. A rule with a patience of its own keeps it, a tuned one has twice that wait"""
+    patience: Share = 0.8
+    """a job that has waited for this share of the longest accepted wait (see max_longest) goes first; 0: no such thing.
+    A rule with a patience of its own keeps it"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""
     num_jobs: Count = 512
@@ -88,9 +91,11 @@ class RunArgs:
     """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
     validation_jobs: Count = 65_000
     """at most so many jobs are replayed, all loads together"""
-    max_tail: Annotated[float, Meta(ge=1)] = 1.2
-    """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's), the
-    longest three times as many"""
+    max_tail: AtLeastOne = 1.2
+    """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's)"""
+    max_longest: AtLeastOne = 3.6
+    """nobody may wait on validation for longer than so many times the longest wait under EASY-FIFO, on training or on
+    validation"""
 
     # Every learner has these, each with a default and a meaning of its own, among its algorithm's: see its script
     total_timesteps: int = 0

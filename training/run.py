@@ -45,10 +45,11 @@ from training.checkpoint import Stateful, load, load_networks, networks, random_
 from training.export import FollowRule, check_export, export_onnx
 from training.folder import free_folder, lock, named_folder, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
-from training.validation import Validation
+from training.validation import TAILS, Validation
 from workloads.files import digest, from_here, replacing, write_json
 from workloads.jobs import Workload, at_loads, workload_digest
 from workloads.load import load_workload
+from workloads.reading import quoted
 
 BENCHMARK = Path(__file__).parents[1] / "benchmark.py"
 
@@ -119,7 +120,7 @@ class Run:
         """Raises ValueError: it cannot be used; or where to resume a run from that was started elsewhere."""
         args = self.args
         try:
-            return load_workload(args.workload, "train")
+            return load_workload(args.workload, "train", args)
         except ValueError as error:
             started = self.folder.resolve().parent.parent  # runs/RUN is there
             if not self.resumed or Path(args.workload).exists() or not (started / args.workload).exists():
@@ -250,9 +251,14 @@ class Run:
             policy = self.folder / "policy.onnx"
             end_wandb(validation, title, policy, asdict(OnnxPolicy(policy).metadata))
         Console().print(validation.table(title))
+        for line in validation.thrown_out():
+            self.say(f"Refused: {line}")
         if validation.stands_for:
             rule = parse_rule(validation.stands_for).title
-            self.say(f"Nothing better than {rule} on validation: policy.onnx stands for that rule.")
+            self.say(
+                f"No network within these bounds is better than {validation.best_rule} on validation: policy.onnx "
+                f"stands for {rule}, the rule that does best on training and validation."
+            )
         if not finished:
             script = from_here(Path(inspect.getfile(type(args))))  # somebody's copy, it may be
             self.say(f"Interrupted. Go on with: python {script} --resume {shlex.quote(str(self.folder))}")
@@ -260,8 +266,8 @@ class Run:
             policies = *dict.fromkeys(("fifo", "easy-fifo", validation.best_rule)), str(self.folder / "policy.onnx")
             self.say(
                 f"Compare on the test split: python {from_here(BENCHMARK)} compare --workload "
-                f"{shlex.quote(args.workload)} "
-                f"--objective {args.objective} --policies {shlex.join(policies)}"
+                f"{shlex.quote(args.workload)}{quoted(args.flags())} --objective {args.objective} "
+                f"--policies {shlex.join(policies)}"
             )
         return 0 if finished else 128 + self.signal
 
@@ -294,11 +300,14 @@ class Run:
                 return
             raise
         self.judged, self.proposed = iteration, None
-        better, metrics = self.validation.consider(schedules)
-        if better:
-            os.replace(candidate, self.folder / "policy.onnx")
+        steps = iteration * self.args.decisions
+        considered = self.validation.consider(schedules, steps)
+        for file in considered.files:
+            with replacing(self.folder / file) as temporary:
+                temporary.write_bytes(candidate.read_bytes())
         candidate.unlink(missing_ok=True)
-        log_validation(self.writer, self.validation, metrics, schedules[0], iteration * self.args.decisions)
+        self.say(considered.said)
+        log_validation(self.writer, self.validation, considered.metrics, schedules[0], steps)
 
     def export(self, network: nn.Module, file: str, rule: str | None) -> None:
         """Write a network into the folder; `rule`: it stands for that rule."""
@@ -334,6 +343,9 @@ class Run:
             "best_cost": self.validation.best_cost,
             "stands_for": self.validation.stands_for,
             "policy": (self.folder / "policy.onnx").read_bytes(),
+            "kept": self.validation.kept,
+            "tails": {file: (self.folder / file).read_bytes() for file in self.validation.kept if file in TAILS},
+            "at_first": self.validation.at_first,
             "proposed": self.proposed and (self.proposed[0], (self.folder / "candidate.onnx").read_bytes()),
             "environments": self.envs.state_dict(),
             "jobs_sha256": self.jobs_sha256,
@@ -353,8 +365,11 @@ class Run:
                 part.load_state_dict(state[name])
             self.iteration, self.judged = state["iteration"], state["judged"]
             self.validation.best_cost, self.validation.stands_for = state["best_cost"], state["stands_for"]
-            with replacing(self.folder / "policy.onnx") as temporary:  # it may be newer, where the run was killed
-                temporary.write_bytes(state["policy"])
+            self.validation.kept, self.validation.at_first = state.get("kept", {}), state.get("at_first", "")
+            # They may be newer, where the run was killed; older checkpoints have policy.onnx only.
+            for file, data in ({"policy.onnx": state["policy"]} | state.get("tails", {})).items():
+                with replacing(self.folder / file) as temporary:
+                    temporary.write_bytes(data)
             self.envs.load_state_dict(state["environments"])
             set_random_state(state, self.device)
             if proposed := state.get("proposed"):  # under way when it was written; older checkpoints have none

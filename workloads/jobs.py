@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,6 +86,15 @@ class Cluster:
         return self if same else replace(self, capacity=capacity)
 
 
+class Trace(NamedTuple):
+    """What a file holds."""
+
+    jobs: Jobs  # by submit time
+    cluster: Cluster
+    skipped: dict[str, int]  # why something was left out -> how many were
+    notes: Sequence[str] = ()  # what else somebody should know of how it was read
+
+
 @dataclass(frozen=True)
 class Workload:
     """A cluster and the jobs of one split.
@@ -99,12 +109,16 @@ class Workload:
     jobs: Jobs
     segments: np.ndarray
     skipped: dict[str, int]  # why a trace's line was left out -> how many were
+    notes: Sequence[str] = ()  # what else somebody should know of how it was read
 
     def report(self) -> None:
-        """Say on stderr how many jobs were left out, and why; and where requests give the run times away."""
+        """Say on stderr how many jobs were left out, and why; how it was read; and where requests give the run times
+        away."""
         if self.skipped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
             print(f"{self.name}: jobs skipped: {reasons}", file=sys.stderr)
+        for note in self.notes:
+            print(f"{self.name}: {note}", file=sys.stderr)
         exact = (self.jobs.requested_time == self.jobs.run_time).mean()
         if exact > 0.1:
             print(
@@ -129,6 +143,13 @@ def offered_load(jobs: Jobs, cluster: Cluster) -> float:
     span = jobs.submit_time.max() - jobs.submit_time.min()
     work = jobs.run_time @ jobs.demand
     return float((work / (cluster.speed @ cluster.capacity)).max() / span) if span > 0 else math.inf
+
+
+def most_at_once(start: np.ndarray, end: np.ndarray, amount: np.ndarray) -> float:
+    """The most that was taken at the same time; what ends in an instant makes room for what starts in it."""
+    time = np.concatenate([end, start])
+    change = np.concatenate([-amount, amount])
+    return float(np.cumsum(change[np.argsort(time, kind="stable")]).max(initial=0.0))
 
 
 def scale_load(jobs: Jobs, factor: float) -> Jobs:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from workloads.jobs import Cluster, Jobs, WorkloadError
+from workloads.jobs import Cluster, Jobs, Trace, WorkloadError
 
 # What is read of a line: parts of the service's State and Answer (see deployment/contract.py). They are written down
 # once more, and looser, because imports only point downwards, and because a record outlives the service: what another
@@ -78,7 +78,7 @@ class Recorded(TypedDict):
 NO_RECORD = "delete the line, or give a file that serve.py --record has written"
 
 
-def read_decisions(path: str | os.PathLike[str]) -> tuple[Jobs, Cluster, dict[str, int]]:
+def read_decisions(path: str | os.PathLike[str]) -> Trace:
     """The recorded jobs by submit time, the cluster as it was last, and how many were skipped for which reason.
 
     Rotated parts (`path.1` is the latest) are read first. A job's run time is the one that it was reported with as
@@ -179,7 +179,7 @@ def _follow(
 
 def _recorded_jobs(
     path: Path, found: dict[Id, dict[str, Any]], cluster: Cluster | None, skipped: Counter[str]
-) -> tuple[Jobs, Cluster, dict[str, int]]:
+) -> Trace:
     """Those that have run, in arrays, on the last cluster."""
     ran = {key: job for key, job in found.items() if job.get("run_time", 0) > 0}
     skipped["not run to the end"] += len(found) - len(ran)
@@ -204,7 +204,7 @@ def _recorded_jobs(
         submit, run, requested, np.array([fits[key]["demand"] for key in keys], float), users, unknown, executables,
         unknown, start - submit, np.arange(1, len(keys) + 1),
     )  # fmt: skip
-    return jobs, cluster, reasons
+    return Trace(jobs, cluster, reasons)
 
 
 def _fits(demand: list[float], cluster: Cluster) -> bool:

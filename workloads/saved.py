@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from workloads.files import replacing
-from workloads.jobs import Cluster, Jobs, WorkloadError
+from workloads.jobs import Cluster, Jobs, Trace, WorkloadError
 
 CLUSTER = tuple(field.name for field in fields(Cluster))
 
@@ -34,7 +34,7 @@ def read_cluster(path: Path) -> Cluster:
     return Cluster(capacity, speed, tuple(resources.tolist()))
 
 
-def read_saved(path: Path) -> tuple[Jobs, Cluster, dict[str, int]]:
+def read_saved(path: Path) -> Trace:
     """The jobs, the cluster, and what was skipped: nothing.
 
     Raises:
@@ -46,4 +46,4 @@ def read_saved(path: Path) -> tuple[Jobs, Cluster, dict[str, int]]:
             jobs = Jobs(*(found[field.name] for field in fields(Jobs)))
     except Exception as error:
         raise WorkloadError(f"{path}: no saved workload ({error}); save it again") from None
-    return jobs, cluster, {}
+    return Trace(jobs, cluster, {})

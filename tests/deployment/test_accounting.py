@@ -1,16 +1,20 @@
 """Slurm's own records, in each of their formats, as traces."""
 
+import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_slurm import PENDING, RECORDED, slurm_job
+from fake_slurm import FORMS, PENDING, RECORDED, slurm_job
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from deployment.accounting import JOBCOMP_COLUMNS, Export, export
-from deployment.slurm import SlurmJob, pool
+from deployment.slurm import FOREVER, SlurmJob, pool
 from policies import load_policy
 from workloads.generated import generate_jobs
 from workloads.jobs import Jobs, Workload, WorkloadError, offered_load
@@ -130,9 +134,10 @@ def test_export_of_recorded_files(tmp_path: Path) -> None:
     [
         ("", "no job that has run"),
         ("{nonsense", "not what `squeue --json`"),
-        ("a|b\n1|2\n", "line 1: no column JobIDRaw, Submit"),
+        ("Submit|End\n1|2\n", "line 1: no column JobIDRaw, Start, NCPUS, State; name them with"),
+        ("a|b\n1|2\n", "line 1: 'a.b' is nothing of Slurm's; give a jobcomp/filetxt log, or the output of"),
         ("JobId=1 JobState=COMPLETED\n", "line 1: no field 'SubmitTime'|line 1: no field 'Submit'"),
-        ("hello world\n", "line 1: no field"),
+        ("hello world\n", "line 1: 'hello world' is nothing of Slurm's"),
         ('{"jobs": ["x"]}', "not what `squeue --json`"),
         ("|".join(JOBCOMP_COLUMNS) + "\n1|ann|a", "no job that has run, 1 with more or fewer columns"),
     ],
@@ -150,3 +155,107 @@ def test_processors_that_are_too_few(tmp_path: Path) -> None:
     (tmp_path / "source").write_text("".join(map(as_jobcomp, records()[1])))
     with pytest.raises(WorkloadError, match=r"--processors 2: job \d+ had"):
         export(Export((tmp_path / "source",), tmp_path / "trace.swf", processors=2))
+
+
+SACCT = "JobIDRaw|User|JobName|Submit|Start|End|Timelimit|NCPUS|State"
+LIMITS = {
+    "1-00:00:00": 86_400, "00:10:00": 600, "10": 600, "10:30": 630, "2-12": 216_000, "2-12:30": 217_800,
+    "30-00:00:00": 30 * 86_400, "UNLIMITED": 0, "Partition_Limit": 0, "": 0, "INVALID": 0,
+}  # fmt: skip
+
+
+def sacct(*rows: tuple[object, ...], head: str = SACCT, delimiter: str = "|") -> str:
+    return "\n".join([head.replace("|", delimiter), *(delimiter.join(map(str, row)) for row in rows)]) + "\n"
+
+
+def row(job: int = 1, limit: str = "10", start: str = "2024-03-01T08:00:00", end: str = "2024-03-01T09:00:00") -> tuple:
+    return job, "ann", "app", "2024-03-01T08:00:00", start, end, limit, 2, "COMPLETED"
+
+
+def exported(tmp_path: Path, text: str | bytes, name: str = "source") -> tuple[str, Jobs]:
+    """What is said, and the jobs."""
+    (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    said = export(Export((tmp_path / name,), tmp_path / "trace.swf"))
+    return said, load_workload(str(tmp_path / "trace.swf"), "all").jobs
+
+
+def test_time_limits_in_all_their_forms(tmp_path: Path) -> None:
+    """The column Timelimit where there is no TimelimitRaw; without a limit they are counted, and warned about."""
+    said, jobs = exported(tmp_path, sacct(*(row(job, limit) for job, limit in enumerate(LIMITS))))
+    assert jobs.requested_time.tolist() == [seconds or FOREVER for seconds in LIMITS.values()]
+    assert "; 4 without a time limit, which stands as 30 days\nwarning: rules and policies go by these" in said
+    said, _ = exported(tmp_path, sacct(*(row(job, "UNLIMITED" if job == 1 else "5") for job in range(20))))
+    assert said.endswith("; 1 without a time limit, which stands as 30 days")
+    assert "without" not in exported(tmp_path, sacct(row(), row(2)))[0]
+    raw = sacct((*row(), 7), (*row(2), "UNLIMITED"), (*row(3), ""), head=f"{SACCT}|TimelimitRaw")
+    assert exported(tmp_path, raw)[1].requested_time.tolist() == [420, 600, 600]
+
+
+def test_jobs_that_ended_before_they_started_are_left_out(tmp_path: Path) -> None:
+    """As in local time, where a clock is put back; in UTC or in seconds the same jobs are whole."""
+    back = row(7, start="2024-10-27T02:50:00", end="2024-10-27T02:10:00")
+    unknown = (8, "ann", "app", "Unknown", *row()[4:])
+    assert "1 jobs, 1 without a submit time" in exported(tmp_path, sacct(row(), unknown))[0]
+    said, jobs = exported(tmp_path, sacct(row(), back))
+    assert "1 jobs, 1 ended before they started (a clock that was put back?)" in said and jobs.job_id.tolist() == [1]
+    for start, end in (
+        ("1729990200", "1729991400"), ("2024-10-27T00:50:00Z", "2024-10-27T01:10:00Z"),
+        ("2024-10-27T02:50:00+0200", "2024-10-27T02:10:00+0100"),
+    ):  # fmt: skip
+        said, jobs = exported(tmp_path, sacct(row(), row(7, start=start, end=end)))
+        assert jobs.run_time.tolist() == [3600, 1200], said
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: gzip.compress(text.encode()),
+        lambda text: b"sacct: warning: something or other\n\n" + text.encode(),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: ('"' + text.strip().replace("|", '"|"').replace("\n", '"\n"') + '"\n').encode(),
+        lambda text: text.replace("|", ",").encode(),
+        lambda text: text.replace("|", "\t").encode(),
+        lambda text: text.replace("\n", "|\n").encode(),  # sacct -p
+        lambda text: text.replace("NCPUS", "AllocCPUS").encode(),
+    ],
+)
+def test_sacct_in_disguise(tmp_path: Path, disguise: Callable[[str], bytes]) -> None:
+    said, jobs = exported(tmp_path, disguise(sacct(row(), row(2, "20"))))
+    assert jobs.job_id.tolist() == [1, 2] and jobs.requested_time.tolist() == [600, 1200], said
+
+
+@pytest.mark.parametrize("version", FORMS)
+@pytest.mark.parametrize("program", ["squeue", "sacct"])
+def test_json_of_every_version(tmp_path: Path, program: str, version: str) -> None:
+    text = json.dumps(FORMS[version]["jobs" if program == "squeue" else "sacct"])
+    said, jobs = exported(tmp_path, f"{program}: warning: not today\n{text}\ndone\n")
+    ran = {"squeue": ([1, 14], [60, 40]), "sacct": ([1, 3, 6], [60, 100, 90])}[program]
+    assert (jobs.job_id.tolist(), jobs.run_time.tolist()) == ran, said
+
+
+def test_json_of_which_one_record_is_not_as_expected(tmp_path: Path) -> None:
+    answer = json.loads(json.dumps(FORMS["24.11"]["sacct"]))
+    answer["jobs"].append({"time": None})
+    said, jobs = exported(tmp_path, json.dumps(answer))
+    assert len(jobs) == 3 and "1 not as expected" in said
+    with pytest.raises(WorkloadError, match=r"not what `squeue --json` or `sacct --json` of Slurm 24.11.5 write"):
+        exported(tmp_path, json.dumps(answer | {"jobs": [{"time": None}]}))
+
+
+FIELDS = st.one_of(
+    st.sampled_from(["", "Unknown", "None", "2024-03-01T08:00:00", "1709280000", "1-00:00:00", "UNLIMITED", "7", "x"]),
+    st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=8),
+)
+
+
+@given(rows=st.lists(st.lists(FIELDS, min_size=8, max_size=10), max_size=4), junk=st.text(max_size=20))
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_table_of_sacct_is_jobs_or_counted_or_refused(tmp_path: Path, rows: list[list[str]], junk: str) -> None:
+    try:
+        said, jobs = exported(tmp_path, (junk.replace("\n", " ") + "\n" + sacct(row(), *map(tuple, rows))).encode())
+    except WorkloadError as error:
+        assert "\n" not in str(error)
+    else:
+        assert (jobs.run_time > 0).all() and "jobs" in said

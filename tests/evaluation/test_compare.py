@@ -11,16 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from policy_files import write_policy
 
 import benchmark
+import dqn_scheduler
 import evaluation.compare
+import fifo_baseline
+import ppo_scheduler
+import tuned_rule
 from evaluation.held_out import Compare, held_out, shorter, windows
+from evaluation.speed import Speed
 from evaluation.statistics import METRICS, block_metrics, bootstrap_weights, cut, difference, summary
 from simulator.replay import simulate
 from simulator.rules import RULES
 from workloads.files import write_json
 from workloads.load import load_workload
+from workloads.reading import Reading, quoted
 
 SMALL = str(Path(__file__).parents[1] / "data" / "small.swf")
 SHARED = Path(__file__).parents[3] / "shared"
@@ -405,3 +412,26 @@ def test_policies_are_put_beside_what_is_published_for_their_semantics(
     assert hpc2n["our_bsld"] == pytest.approx(hpc2n["bsld"], rel=1e-9)
     assert hpc2n["our_utilization"] == pytest.approx(hpc2n["utilization"], rel=1e-9)
     assert "+1.5%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kind", [Compare, Speed, fifo_baseline.Args, tuned_rule.Args, ppo_scheduler.Args, dqn_scheduler.Args]
+)
+def test_every_command_takes_the_flags_of_reading(kind: type[Reading]) -> None:
+    """And they can be written down again, as words of a command line; what is not given is not written."""
+    columns, nodes = ("openb", "demand.cpu=cpu_milli/1000"), ("3xcpu=32,memory=128", "1xcpu=8")
+    given = Reading(skip_bad_lines=True, partition="2", columns=columns, nodes=nodes)
+    args = tyro.cli(kind, args=["--workload", "jobs.csv", *given.flags()])
+    assert args.flags() == given.flags() and (args.columns, args.nodes) == (given.columns, given.nodes)
+    assert tyro.cli(kind, args=[]).flags() == []
+    assert quoted(Reading(columns=("submit=a b",)).flags()) == " --columns 'submit=a b'" and quoted([]) == ""
+
+
+def test_a_table_is_compared_on(run: Callable[..., dict]) -> None:
+    """The partition's jobs, on the nodes that are named."""
+    rows = [f"{k},{k},{k + 5},{1 + k % 3},{'ab'[k % 2]}" for k in range(40)]
+    Path("jobs.csv").write_text("\n".join(["at,began,ended,cores,queue", *rows]) + "\n")
+    columns = ("submit=at", "start=began", "end=ended", "demand.cpu=cores", "partition=queue")
+    flags = ("--workload", "jobs.csv", "--columns", *columns, "--nodes", "2xcpu=4", "--partition", "b")
+    results = run("compare", *flags, "--policies", "fifo", "--blocks", "2")
+    assert results["jobs"] == 6 and results["policies"]["fifo"]["latency"]["mean"] >= 5

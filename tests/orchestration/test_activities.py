@@ -97,6 +97,16 @@ def test_a_trace_that_cannot_be_read_is_the_users_to_mend(run: RunActivity, tmp_
     assert caught.value.message.startswith("bad.swf: ")
 
 
+def test_a_table_is_collected_as_it_is_to_be_read(run: RunActivity, tmp_path: Path) -> None:
+    rows = "".join(f"{k},{k + 9},{1 + k % 2}\n" for k in range(40))
+    (tmp_path / "jobs.csv").write_text(f"made,gone,cores\n{rows}")
+    flags = "--columns submit=made end=gone demand.cpu=cores --nodes 2xcpu=4"
+    data = run(collect_records, step(workload="jobs.csv", reading_flags=flags))
+    assert data.jobs == 40 and submitted(data).tolist() == list(range(40))
+    with pytest.raises(ApplicationError, match="reading_flags '--column x': give --columns, --nodes, --partition or"):
+        run(collect_records, step(workload="jobs.csv", reading_flags="--column x"))
+
+
 def test_a_full_disk_is_tried_again_later(run: RunActivity, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

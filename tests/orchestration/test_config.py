@@ -24,7 +24,8 @@ def test_the_defaults_make_sense() -> None:
         ({"max_tail": "0.9"}, "max_tail 0.9: give 1 or more"),
         ({"track": "perhaps"}, "track 'perhaps': give true or false"),
         ({"algorithm": "sarsa"}, "algorithm 'sarsa': give one of ppo, dqn"),
-        ({"training_flags": "--num-envs '8"}, "close what is quoted"),
+        ({"training_flags": "--num-envs '8"}, 'training_flags "--num-envs \'8": No closing quotation; close what is'),
+        ({"reading_flags": "--columns '8"}, 'reading_flags "--columns \'8": No closing quotation; close what is'),
         (
             {"training_flags": "--num-envs 8 --run_name=a"},
             "training_flags --run_name=a: the loop gives this one itself",

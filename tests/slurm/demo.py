@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deployment.slurm import API, pool  # noqa: E402
+from deployment.slurm import pool  # noqa: E402
 from policies import load_policy  # noqa: E402
 from workloads.generated import generate_jobs  # noqa: E402
 from workloads.jobs import Jobs, Workload  # noqa: E402
@@ -40,8 +40,8 @@ LOAD = 2.0  # more work arrives than the cluster can do, its overhead included, 
 BURST = 200  # jobs of a burst in the training trace
 # Bursts end: a longer tail than is wise for a queue that never empties is allowed.
 TRAINING = (
-    "--objective wait --num-jobs 100 --warmup-jobs 50 --followup-jobs 50 --validation-loads 1.0 --max-tail 1.5 "
-    "--reference easy-saf"
+    "--objective wait --num-jobs 100 --warmup-jobs 50 --followup-jobs 50 --validation-loads 1.0 "
+    "--max-tail 1.5 --max-longest 4.5 --reference easy-saf"
 ).split()
 
 
@@ -114,7 +114,7 @@ class Cluster:
         self.base, self.started = base, base / "started"
         self.started.mkdir()
         transport = httpx.HTTPTransport(uds=str(base / "restd.sock"))
-        self.client = httpx.Client(transport=transport, base_url=f"http://slurm{API}", timeout=30.0)
+        self.client = httpx.Client(transport=transport, base_url="http://slurm/slurm/v0.0.38", timeout=30.0)
 
     def submit(self, run_time: float, processors: int, minutes: int = 1, name: str = "job") -> int:
         script = f"#!/bin/bash\ndate +%s.%N > {self.started}/$SLURM_JOB_ID\nexec sleep {run_time:.2f}\n"

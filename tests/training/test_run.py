@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from learners import SMALL, begun, command, run_folder, scalars, train
+from places import SMALL as TRACE
 
 import dqn_scheduler
 from training.folder import lock
@@ -26,6 +27,23 @@ def test_run_writes_what_it_says(finished: Path) -> None:
     learning_rate = json.loads((finished / "args.json").read_text())["learning_rate"]
     rates = scalars(finished, "charts/learning_rate")
     assert rates == {64 * (k + 1): pytest.approx(learning_rate * (1 - k / 8)) for k in range(8)}
+
+
+def test_a_run_keeps_how_its_trace_is_read(tmp_path: Path, algorithm: ModuleType) -> None:
+    """In args.json, and so when it goes on, and in the command that it prints at its end."""
+    lines = TRACE.read_text().splitlines()
+    (tmp_path / "trace.swf").write_text("\n".join([*lines, "1 2 3"]) + "\n")
+    flags = ("--skip-bad-lines", "--nodes", "1xprocessors=300")
+    result = command(algorithm, tmp_path, *SMALL[algorithm], "--workload", "trace.swf", *flags)
+    assert result.code == 0, result.err
+    compare = "--workload trace.swf --skip-bad-lines --nodes 1xprocessors=300 --objective wait"
+    assert "trace.swf: jobs skipped: 1 bad line: cut short" in result.err and compare in result.err
+    run = run_folder(tmp_path)
+    assert json.loads((run / "args.json").read_text())["nodes"] == ["1xprocessors=300"]
+    again = command(algorithm, tmp_path, "--resume", str(run))
+    assert again.code == 0 and compare in again.err
+    refused = command(algorithm, tmp_path, "--resume", str(run), "--nodes", "1xprocessors=400")
+    assert refused.code == 2 and "leave out nodes" in refused.last
 
 
 def test_progress_says_how_far_it_is(tmp_path: Path, algorithm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
