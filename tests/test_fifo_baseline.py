@@ -91,7 +91,7 @@ def test_two_in_the_same_second_have_folders_of_their_own(tmp_path: Path, monkey
     for _ in range(2):
         baseline(monkeypatch, "--workload", str(SMALL))
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert names == ["small__fifo_baseline__1__1700000000", "small__fifo_baseline__1__1700000001"]
+    assert names == ["small__fifo_baseline__1__1700000000", "small__fifo_baseline__1__1700000000-2"]
 
 
 @pytest.mark.slow
