@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -28,7 +29,7 @@ from policies import JOB_CHOICE, NODE_CHOICE, RULE_WAITS
 from scheduler_env import SchedulerVectorEnv
 from simulator.kernels import CLUSTER_WIDTH, JOB_WIDTH, NODE_WIDTH
 from simulator.observation import Layout, Observation
-from training.arguments import RunArgs, check, run_command
+from training.arguments import Count, Natural, NotNegative, Positive, RunArgs, Share, check, run_command
 from training.export import NEVER, rule_choice
 from training.run import Run
 
@@ -39,51 +40,51 @@ class Args(RunArgs):
     """the name of this experiment"""
 
     # Algorithm specific arguments
-    total_timesteps: int = 1_500_000
+    total_timesteps: Count = 1_500_000
     """total decisions of the experiment"""
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     """the learning rate of the optimizer"""
-    num_envs: int = 512
+    num_envs: Count = 512
     """the number of parallel clusters"""
-    num_steps: int = 32
+    num_steps: Count = 32
     """the number of decisions in each cluster between two logs and looks at the clock"""
     anneal_lr: bool = True
     """toggle learning rate annealing for the network"""
-    buffer_steps: int = 128
+    buffer_steps: Count = 128
     """the replay memory holds so many decisions of each cluster"""
-    learning_starts: int = 8
+    learning_starts: Natural = 8
     """decisions of each cluster before the first update"""
-    batch_size: int = 2048
+    batch_size: Count = 2048
     """how many transitions of the replay memory an update takes"""
-    updates_per_decision: float = 1 / 1024
+    updates_per_decision: Positive = 1 / 1024
     """gradient steps per decision, whatever the number of clusters; times the batch size it is the replay ratio"""
-    gamma: float = 0.0
+    gamma: Share = 0.0
     """the discount factor gamma; 0: one step of policy improvement over the reference"""
-    n_step: int = 1
+    n_step: Count = 1
     """how many rewards a target adds up before it bootstraps"""
-    tau: float = 0.01
+    tau: Annotated[float, Meta(gt=0, le=1)] = 0.01
     """the target network moves so far to the network at each update (1.0 with target_frequency: hard updates)"""
-    target_frequency: int = 1
+    target_frequency: Count = 1
     """the target network moves every so many updates"""
-    start_e: float = 1.0
+    start_e: Share = 1.0
     """epsilon at the start, in all clusters"""
-    end_e: float = 0.8
+    end_e: Share = 0.8
     """epsilon of the most curious cluster after the exploration; the i-th of N has end_e ** (1 + 7 i / (N - 1))"""
-    exploration_fraction: float = 0.1
+    exploration_fraction: Share = 0.1
     """the fraction of `total_timesteps` it takes from start_e to end_e"""
-    max_grad_norm: float = 10.0
+    max_grad_norm: Positive = 10.0
     """the maximum norm for the gradient clipping"""
-    reward_scale: float = 100.0
+    reward_scale: Positive = 100.0
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
     """what the reference's own choice is worth more than others at first (learned from there on)"""
-    margin: float = 0.05
+    margin: NotNegative = 0.05
     """another choice than the reference's own is taken only if it is worth so much more"""
-    huber_delta: float = 10.0
+    huber_delta: Positive = 10.0
     """errors count linearly from here on: much less than the largest rewards, and rare losses look cheap"""
-    hidden: int = 32
+    hidden: Count = 32
     """width of the network"""
-    ema_decay: float = 0.95
+    ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.95
     """the policy that is validated and exported is the moving average of the weights, with this decay an iteration"""
 
     # to be filled in runtime
@@ -181,7 +182,8 @@ class Replay:
     """The last `buffer_steps` decisions in each of E clusters, in a ring: obs[T, E, D], the rest [T, E]."""
 
     def __init__(self, steps: int, envs: int, width: int, device: torch.device) -> None:
-        self.obs = torch.zeros(steps, envs, width, device=device)
+        # In memory a cluster's decisions lie side by side: they are alike, so a checkpoint is half as large.
+        self.obs = torch.zeros(envs, steps, width, device=device).transpose(0, 1)
         self.actions = torch.zeros(steps, envs, dtype=torch.long, device=device)
         self.rewards, self.dones = torch.zeros(2, steps, envs, device=device)
         self.count = 0
@@ -204,12 +206,14 @@ class Replay:
         return vars(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.obs.copy_(state["obs"])
+        vars(self).update({name: value for name, value in state.items() if name != "obs"})
 
     def observations(self, layout: Layout, rows: Tensor, clusters: Tensor) -> Observation:
         """Those of rows[B] in clusters[B]."""
-        places = rows * self.obs.shape[1] + clusters
-        return Observation(*(part.index_select(0, places) for part in layout.split(self.obs.flatten(0, 1))))
+        places = clusters * self.obs.shape[0] + rows
+        parts = layout.split(self.obs.transpose(0, 1).flatten(0, 1))
+        return Observation(*(part.index_select(0, places) for part in parts))
 
 
 def preferring(values: Tensor, jobs: Tensor, nodes: Tensor, cluster: Tensor, margin: float) -> Tensor:
@@ -326,11 +330,9 @@ def prepare(args: Args) -> None:
     Raises:
         ValueError: a flag is out of its range.
     """
-    check(args, hidden=1, target_frequency=1, n_step=1, batch_size=1)
+    check(args)
     if args.num_iterations:
         raise ValueError("num_iterations is computed; use total_timesteps, num_envs and num_steps")
-    if not args.huber_delta > 0:
-        raise ValueError(f"huber_delta is {args.huber_delta}; use more than 0")
     if not args.n_step < args.buffer_steps:
         raise ValueError(f"n_step is {args.n_step}; use less than buffer_steps, which is {args.buffer_steps}")
     args.num_iterations = args.iterations

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from policies import load_policy
-from simulator.schedule import Schedule
+from simulator.schedule import Schedule, nothing_to_schedule
 from training.folder import new_folder
 from training.logs import log_flags, start_wandb
 from workloads.files import check_output, write_json
@@ -106,15 +106,18 @@ def run(args: Args) -> dict[str, dict[str, float]]:
 
         tensorboard.patch(root_logdir=str(folder))
         start_wandb(folder, asdict(args))
-    results = {}
+    results, waits = {}, []
     bar = Console(stderr=True)
     for rule in track(rules, "Replaying", console=bar, transient=True, disable=not bar.is_terminal):
         schedules = rule.schedule(workload)
         # An event file a rule: TensorBoard overlays their lines.
-        with SummaryWriter(folder / rule.argument) as writer:
+        with SummaryWriter(folder / rule.name) as writer:
             log_flags(writer, asdict(args))
             log(schedules, writer)
-        results[rule.argument] = figures(schedules)
+        results[rule.name] = figures(schedules)
+        waits += [schedule.wait for schedule in schedules]
+    if idle := nothing_to_schedule(workload, waits):
+        print(idle, file=sys.stderr)
     return results
 
 

@@ -67,7 +67,8 @@ class Policy(ABC):
     """Chooses actions from observations, decides in states of a real cluster, and replays workloads.
 
     Attributes:
-        name: what tables call it.
+        name: what tables call it (see `called`).
+        stands_for: the name of the rule that a trained file stands for, or None.
         argument: what `load_policy` makes it from.
         identity: bytes that are another policy's where it decides differently.
         reference: the rule that the environment behind the observations has to be made with (`reference=`).
@@ -75,6 +76,8 @@ class Policy(ABC):
             window. A rule has none until it is set.
         generator: what `predict(..., deterministic=False)` draws from.
     """
+
+    stands_for: str | None = None
 
     def __init__(self, name: str, argument: str, identity: bytes, reference: str, layout: Layout | None = None) -> None:
         self.name, self.argument, self.identity = name, argument, identity
@@ -254,6 +257,7 @@ class Metadata:
     steps: int
     seed: int
     rule: str | None  # where training did not beat this rule and the file stands for it
+    resource_names: list[str] | None = None  # those of former versions do not know them
 
 
 class OnnxPolicy(Policy):
@@ -271,8 +275,11 @@ class OnnxPolicy(Policy):
         super().__init__(name + at, f"{path}{at}", self.data + at.encode(), meta.rule or meta.reference, layout)
         try:
             self.rule = parse_rule(self.reference)
+            self.stands_for = RulePolicy(meta.rule).name if meta.rule else None
         except ValueError as error:
             raise PolicyError(f"{path}: {error}; " + ("try another" if hours else "train it again")) from None
+        if self.stands_for:  # whose patience is the rule's
+            self.name = called(name, self.stands_for)
         # terminate = True, from any thread, ends a call that takes too long
         self.run_options = onnxruntime.RunOptions()
 
@@ -385,6 +392,12 @@ class OnnxPolicy(Policy):
         if self.metadata.rule:
             return _rule_logits(parts)
         return self.session.run(["logits"], parts._asdict(), self.run_options)[0]
+
+
+def called(name: str, stands_for: str | None) -> str:
+    """A policy's name in tables or, where its file stands for a rule, `RUN (= easy-saf)`: nobody shall credit training
+    with what a rule does."""
+    return f"{name.removesuffix('/policy.onnx')} (= {stands_for})" if stands_for else name
 
 
 def load_policy(name_or_path: str) -> Policy:

@@ -15,10 +15,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -26,7 +27,7 @@ from policies import JOB_CHOICE, NODE_CHOICE, RULE_WAITS
 from scheduler_env import SchedulerVectorEnv
 from simulator.kernels import CLUSTER_WIDTH, JOB_WIDTH, NODE_WIDTH
 from simulator.observation import Layout
-from training.arguments import RunArgs, check, run_command
+from training.arguments import Count, NotNegative, Positive, RunArgs, Share, check, run_command
 from training.export import NEVER
 from training.run import Run
 
@@ -37,42 +38,42 @@ class Args(RunArgs):
     """the name of this experiment"""
 
     # Algorithm specific arguments
-    total_timesteps: int = 1_500_000
+    total_timesteps: Count = 1_500_000
     """total decisions of the experiment"""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """the learning rate of the optimizer"""
-    num_envs: int = 512
+    num_envs: Count = 512
     """the number of parallel clusters"""
-    num_steps: int = 32
+    num_steps: Count = 32
     """the number of decisions in each cluster per policy rollout"""
     anneal_lr: bool = True
     """toggle learning rate annealing for policy and value networks"""
-    gamma: float = 0.0
+    gamma: Share = 0.0
     """the discount factor gamma; 0: one step of policy improvement over the reference"""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """the lambda for the general advantage estimation"""
-    num_minibatches: int = 8
+    num_minibatches: Count = 8
     """the number of mini-batches"""
-    update_epochs: int = 1
+    update_epochs: Count = 1
     """the K epochs to update the policy"""
-    clip_coef: float = 0.2
+    clip_coef: Positive = 0.2
     """the surrogate clipping coefficient"""
-    advantage_clip: float = 5.0
+    advantage_clip: Positive = 5.0
     """normalised advantages are clipped at this many standard deviations"""
-    ent_coef: float = 3e-3
+    ent_coef: NotNegative = 3e-3
     """coefficient of the entropy"""
-    vf_coef: float = 0.5
+    vf_coef: NotNegative = 0.5
     """coefficient of the value function"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Positive = 0.5
     """the maximum norm for the gradient clipping"""
-    reward_scale: float = 100.0
+    reward_scale: Positive = 100.0
     """rewards are multiplied by this: an improvement of one percent counts one"""
     rule_bonus: float = 0.5
     """initial log-odds of the reference's own choice against all the others together, where there are many (learned
     from there on): the policy starts near the rule"""
-    hidden: int = 32
+    hidden: Count = 32
     """width of the network"""
-    ema_decay: float = 0.95
+    ema_decay: Annotated[float, Meta(ge=0, lt=1)] = 0.95
     """the policy that is validated and exported is the moving average of the weights, with this decay an iteration"""
 
     # to be filled in runtime
@@ -298,14 +299,14 @@ def prepare(args: Args) -> None:
     Raises:
         ValueError: a flag is out of its range.
     """
-    check(args, hidden=1, update_epochs=1)
+    check(args)
     if args.decisions < 2:
         raise ValueError("num_envs * num_steps is 1; an update needs 2 decisions or more")
     if args.batch_size or args.minibatch_size or args.num_iterations:
         name = "batch_size" if args.batch_size else "minibatch_size" if args.minibatch_size else "num_iterations"
         raise ValueError(f"{name} is computed; use num_envs, num_steps, num_minibatches and total_timesteps")
     args.batch_size, args.num_iterations = args.decisions, args.iterations
-    if args.num_minibatches < 1 or args.batch_size % args.num_minibatches:
+    if args.batch_size % args.num_minibatches:
         raise ValueError(
             f"num_minibatches is {args.num_minibatches}; use a divisor of num_envs * num_steps = {args.batch_size}"
         )

@@ -58,6 +58,9 @@ class SchedulerVectorEnv(VectorEnv):
             how many seconds less all jobs would take on average if it were taken in place of the reference's own
             (NaN: forbidden). It costs milliseconds a step.
 
+    `infos["action_mask"]` int8[num_envs, K*M + 1] are the legal actions, as `envs.action_space.sample` takes them:
+    `envs.action_space.sample(tuple(infos["action_mask"]))`. `action_masks()` gives the same as bool.
+
     Observations, masks and rewards are written into the same buffers at every step; copy what you keep. Sub-environment
     i draws its episodes from seed + i alone, so they do not depend on `num_envs` or `num_threads`.
 
@@ -146,7 +149,7 @@ class SchedulerVectorEnv(VectorEnv):
                 job = np.asarray(first)[outside][0]
                 raise ValueError(f"first is {job}; no segment of the workload has {self.length} jobs from there on")
         self._reset(np.arange(self.num_envs), first)
-        return self._obs, {"action_mask": self._mask} | self._planned()
+        return self._obs, self._infos()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision in every environment. Those that end are reset: see `final_obs`, `final_info` and
@@ -164,7 +167,7 @@ class SchedulerVectorEnv(VectorEnv):
                 final["final_schedule"] = self.schedule(e)
                 infos = self._add_info(infos, final, e)
             self._reset(np.setdiff1d(done, self._go_on(done)))
-        infos |= {"action_mask": self._mask} | self._planned()
+        infos |= self._infos()
         return self._obs, self._rewards.copy(), self._terminated.copy(), self._truncated.copy(), infos
 
     @property
@@ -219,9 +222,10 @@ class SchedulerVectorEnv(VectorEnv):
         self._core.batch.s["first"][indices] = first
         self._core.reset(indices, self._plan, self._obs, self._mask)
 
-    def _planned(self) -> dict[str, np.ndarray]:
-        """What planning thinks of the actions, if that is wanted."""
-        return {"planned_gain": planned_gains(self._core, self._planner, self._mask)} if self._planner else {}
+    def _infos(self) -> dict[str, Any]:
+        """The legal actions as Gymnasium's spaces take them, and what planning thinks of them, if that is wanted."""
+        infos = {"action_mask": self._mask.view(np.int8)}
+        return infos | ({"planned_gain": planned_gains(self._core, self._planner, self._mask)} if self._planner else {})
 
     def _go_on(self, done: np.ndarray) -> np.ndarray:
         """Begin the next episodes of rows that are not over; returns whose."""
@@ -336,21 +340,20 @@ class SchedulerEnv(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.envs.reset(seed=seed, options=options)
-        return self.envs._obs[0].copy(), {"action_mask": self.action_masks()} | self._planned()
+        return self.envs._obs[0].copy(), self._info(self.envs._infos())
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         envs = self.envs
         envs._step(np.array([action]))
         terminated, truncated = bool(envs._terminated[0]), bool(envs._truncated[0])
-        info = {"action_mask": self.action_masks()}
-        if not (terminated or truncated):
-            info |= self._planned()
-        if terminated or truncated:
-            info |= envs._final_info(0)
+        if terminated or truncated:  # nothing more is to be planned
+            info = {"action_mask": self.action_masks().view(np.int8)} | envs._final_info(0)
+        else:
+            info = self._info(envs._infos())
         return envs._obs[0].copy(), float(envs._rewards[0]), terminated, truncated, info
 
-    def _planned(self) -> dict[str, np.ndarray]:
-        return {name: gains[0] for name, gains in self.envs._planned().items()}
+    def _info(self, infos: dict[str, Any]) -> dict[str, Any]:
+        return {name: values[0].copy() for name, values in infos.items()}
 
     def action_masks(self) -> np.ndarray:
         """bool[K*M + 1]: the legal actions."""

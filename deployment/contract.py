@@ -57,14 +57,15 @@ class FinishedJob(Job, kw_only=True, gc=False):
 
 
 class State(Struct, forbid_unknown_fields=True, gc=False):
-    """A cluster at one moment. The order of resources is that of the workload on which the policy was trained."""
+    """A cluster at one moment. The order of resources is that of `resources` or, without names, that of the workload on
+    which the policy was trained."""
 
     now: Time
     nodes: Annotated[list[Node], Meta(min_length=1)]
     queued: list[QueuedJob] = []
     running: list[RunningJob] = []
     finished: list[FinishedJob] = []  # in order of their ends; the last two, for plan eight, of a user and kind suffice
-    resources: list[str] | None = None  # names, for the record
+    resources: list[str] | None = None  # names; a policy that was trained with names takes these, in any order
 
 
 class Start(Struct, gc=False):
@@ -215,6 +216,30 @@ def cluster_state(state: State) -> ClusterState:
         part, field, message = PROBLEMS[problem]
         raise Refused((part, k, field), message)
     return ClusterState(state.now, cluster, queued, running, start_time, node, finished, free)
+
+
+def in_order(state: State, names: list[str]) -> None:
+    """Put the amounts of a state that names its resources in the order of the policy's names.
+
+    Raises:
+        Refused: it names others.
+    """
+    given = state.resources
+    if given is None or given == names:
+        return
+    if sorted(given) != sorted(names):
+        known = f"the policy was trained with {', '.join(names)}"
+        raise Refused(("resources",), f"{', '.join(given)}, and {known}; use these names, in any order, or none")
+    amounts: list[tuple[Any, str]] = [(node, "capacity") for node in state.nodes]
+    amounts += [(node, "free") for node in state.nodes if node.free is not None]
+    amounts += [(job, "demand") for job in chain(state.queued, state.running, state.finished)]
+    if any(len(getattr(owner, field)) != len(given) for owner, field in amounts):
+        return  # which `cluster_state` refuses
+    order = [given.index(name) for name in names]
+    for owner, field in amounts:
+        row = getattr(owner, field)
+        setattr(owner, field, [row[place] for place in order])
+    state.resources = names
 
 
 @lru_cache(maxsize=16)

@@ -38,6 +38,7 @@ from policies import Policy, load_policy
 from simulator.kernels import EASY, STATIC
 from simulator.replay import simulate
 from simulator.rules import Rule
+from training.folder import timed_folder
 from workloads.jobs import Workload
 
 log = logging.getLogger("slurm_agent")
@@ -208,10 +209,10 @@ def hindsight(policy: Policy, finished: Sequence[SlurmJob], processors: int) -> 
 class Board:
     """TensorBoard's events. Where they cannot be written, on a full disk, the agent goes on without them."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, name: str) -> None:
         self.writer: Writer | None = None
         try:
-            self.writer = Writer(folder)
+            self.writer = Writer(str(timed_folder(name)))
         except OSError as error:
             self.give_up(error)
 
@@ -257,7 +258,7 @@ class Metrics:
         self.last = named(gauge, "last_pass_timestamp_seconds", "When the queue was last known")
         replayed = "Mean wait of the recorded jobs under an order"
         self.hindsight = named(gauge, "hindsight_wait_seconds", replayed, "order")
-        self.board = Board(f"runs/slurm__{mode}__{int(time.time())}")
+        self.board = Board(f"slurm__{mode}")
         self.started = 0
 
     def count(self, snapshot: Snapshot, left_alone: Counter[str]) -> None:

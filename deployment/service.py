@@ -39,6 +39,7 @@ from deployment.contract import (
     State,
     cluster_state,
     decode,
+    in_order,
     to_jobs,
 )
 from deployment.history import History
@@ -226,6 +227,8 @@ class Service:
         for part in ("nodes", "queued", "running", "finished"):
             if len(getattr(state, part)) > (limit := args.max_nodes if part == "nodes" else args.max_jobs):
                 raise Refused((part,), f"more than {limit}")
+        if isinstance(model.policy, OnnxPolicy) and model.policy.metadata.resource_names:
+            in_order(state, model.policy.metadata.resource_names)
         cluster, resources = cluster_state(state), len(state.nodes[0].capacity)
         if isinstance(model.policy, PlanPolicy) and self.history.complete(state):
             cluster = cluster_state(state)

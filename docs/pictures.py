@@ -99,14 +99,15 @@ def kept(compared: dict[str, Any], objective: str, day: date) -> dict[str, Any]:
     """
     metric = {"slowdown": "bounded_slowdown"}.get(objective, objective)
     means = {name: found[metric]["mean"] for name, found in compared["policies"].items()}
-    rules = {name: mean for name, mean in means.items() if not name.endswith(".onnx")}
+    runs = [name for name in means if name.endswith("/policy.onnx") or " (= " in name]
+    rules = {name: mean for name, mean in means.items() if name not in runs}
     best = min(rules, key=rules.__getitem__)
     named: dict[str, tuple[str, str | None]] = {
         BASE: ("easy-fifo", "easy-fifo"), "FIFO": ("fifo", "fifo"), "best rule": (best, best)
     }  # fmt: skip
     commands = []
-    for name in (name for name in means if name.endswith(".onnx")):
-        folder = Path("runs") / Path(name).parent
+    for name in runs:
+        folder = Path("runs") / name.partition(" (= ")[0].removesuffix("/policy.onnx")
         args = json.loads((folder / "args.json").read_text())
         policy = load_policy(str(folder))
         assert isinstance(policy, OnnxPolicy)

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 
 from evaluation.held_out import BASELINES, Compare
 from evaluation.lower_bound import lower_bound
-from evaluation.replays import Replays, Scenario, workload_digest
+from evaluation.replays import Replays, Scenario
 from evaluation.statistics import (
     METRICS,
     QUANTILE_RESAMPLES,
@@ -40,7 +40,7 @@ from simulator.arrays import job_size
 from simulator.kernels import JOB_FEATURES
 from simulator.schedule import METRIC
 from workloads.files import replacing
-from workloads.jobs import Jobs, Workload, offered_load
+from workloads.jobs import Jobs, Workload, offered_load, workload_digest
 
 STARVING_P99, STARVING_MAX = 1.2, 2.0  # so many times EASY-FIFO's wait, and a policy is said to starve somebody
 
@@ -51,7 +51,8 @@ def add_figures(
     """Add to the results of a comparison what only a report needs."""
     headline, metric = replays[Scenario(args.protocol, args.load)], METRIC[args.objective]
     networks = {name: policy for name, policy in policies.items() if isinstance(policy, OnnxPolicy)}
-    rules = [name for name, policy in policies.items() if isinstance(policy, RulePolicy)]
+    rules = [name for name, policy in policies.items() if isinstance(policy, RulePolicy) or policy.stands_for]
+    rules.sort(key=lambda name: policies[name].stands_for is not None)  # of equals, the rule and not what stands for it
     best_rule = min(rules, key=lambda rule: results["policies"][rule][metric]["mean"])
     results |= {
         "objective": args.objective, "best_rule": best_rule,
@@ -65,14 +66,15 @@ def add_figures(
         "seeds": training_seeds(headline, best_rule, metric, args.seed), "made": made(args, headline.workload),
     }  # fmt: skip
     shown = shown_policies(results)
-    asked = {name: networks[name] for name in shown if name in networks and networks[name].metadata.rule is None}
+    asked = {name: networks[name] for name in shown if name in networks and not networks[name].stands_for}
     results["plots"] = {
         "waits": wait_distribution(headline, shown), "time": over_time(headline, shown),
         "classes": by_size(headline, shown),
         "attention": {name: attention(policy, headline.workload) for name, policy in asked.items()},
         "learning": {name: learning_curve(policy.path.parent) for name, policy in networks.items()},
     }  # fmt: skip
-    results["notes"] = [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
+    notes = results.get("notes", [])
+    results["notes"] = notes + [found["note"] for found in results["plots"]["learning"].values() if found["note"]]
 
 
 def trained(policy: OnnxPolicy) -> dict[str, Any]:
@@ -90,6 +92,12 @@ def shown_policies(results: dict[str, Any]) -> list[str]:
     wanted = [*BASELINES, results["best_rule"], *own, *sorted(cost, key=cost.__getitem__)]
     shown = list(dict.fromkeys(wanted))[:8]
     return [name for name in cost if name in shown]
+
+
+def run_of(name: str) -> re.Match[str] | None:
+    """The parts of a policy's name that is a run's (`training.folder.new_folder`, `policies.called`)."""
+    run = r"(?P<workload>.+)__(?P<exp_name>.+)__(?P<seed>\d+)__\d+(-\d+)?"
+    return re.fullmatch(rf"{run}(/policy\.onnx(?P<at>@.+)?| (?P<rule>\(= .+\)))", name)
 
 
 def quantiles(replays: Replays, name: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -179,8 +187,8 @@ def training_seeds(replays: Replays, best_rule: str, metric: str, seed: int) -> 
     blocks, a score is the best rule's cost over the policy's (above 1: better than the rule). Empty: there are none."""
     groups: dict[str, list[str]] = {}
     for name in replays.per_block:
-        if run := re.fullmatch(r"(.+)__\d+__\d+/policy\.onnx(@.+)?", name):
-            groups.setdefault(run[1] + (run[2] or ""), []).append(name)
+        if run := run_of(name):
+            groups.setdefault(f"{run['workload']}__{run['exp_name']}{run['at'] or ''}", []).append(name)
     groups = {group: names for group, names in groups.items() if len(names) > 1}
     if not groups:
         return {}

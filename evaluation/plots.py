@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.typing import RcKeyType
 
-from evaluation.figures import CURVES
+from evaluation.figures import CURVES, run_of
 from simulator.gantt import gantt_chart
 from simulator.schedule import METRIC, Schedule
 from workloads.files import replacing
@@ -90,8 +90,16 @@ class Look:
 
 def short_name(name: str) -> str:
     """`hpc__ppo_scheduler__1__1700000000/policy.onnx` is called `ppo_scheduler (seed 1)`."""
-    run = re.fullmatch(r"(.+)__(.+)__(\d+)__\d+/policy\.onnx(@.+)?", name)
-    return f"{run[2]}{run[4] or ''} (seed {run[3]})" if run else name.replace("/policy.onnx", "")
+    if not (run := run_of(name)):
+        return name.replace("/policy.onnx", "")
+    rule = f" {run['rule']}" if run["rule"] else ""
+    return f"{run['exp_name']}{run['at'] or ''} (seed {run['seed']}){rule}"
+
+
+def group_name(group: str, found: dict[str, Any]) -> str:
+    """Of runs that differ only in the seed; where some stand for rules, how many."""
+    rules = sum(bool((run := run_of(name)) and run["rule"]) for name in found["runs"])
+    return group.split("__")[-1] + (f" ({rules} of {len(found['runs'])} = rules)" if rules else "")
 
 
 def metric_bars(results: dict[str, Any], look: Look) -> Plot:
@@ -305,11 +313,11 @@ def performance_profile(results: dict[str, Any], look: Look) -> Plot:
     colours = cycle(COLOURS)
     for group, found in results["seeds"]["groups"].items():
         colour = BASELINE_COLOURS.get(group) or next(colours)
-        axis.plot(results["seeds"]["levels"], found["profile"], color=colour, label=group.split("__")[-1])
+        axis.plot(results["seeds"]["levels"], found["profile"], color=colour, label=group_name(group, found))
         if len(found["runs"]) > 1:
             axis.fill_between(results["seeds"]["levels"], *found["band"], color=colour, alpha=0.2, linewidth=0)
     axis.axvline(1, color=INK, linewidth=0.8)
-    axis.set(xlabel=f"score: cost of {results['best_rule']} / cost", ylim=(0, 1.02))
+    axis.set(xlabel=f"score: cost of {look.labels[results['best_rule']]} / cost", ylim=(0, 1.02))
     axis.set_ylabel("share of blocks and seeds above")
     _legend(figure, axis)
     caption = "Performance profiles (rliable): higher is better; right of 1 is better than the best rule."

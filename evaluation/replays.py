@@ -1,11 +1,10 @@
 """Replays the held-out jobs under every policy, in several processes if wanted, and keeps what is done."""
 
-import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,8 +18,8 @@ from evaluation.fan_out import Run, ray_map
 from evaluation.statistics import block_metrics
 from policies import Policy, PolicyError
 from simulator.schedule import Schedule
-from workloads.files import replacing
-from workloads.jobs import Workload
+from workloads.files import digest, replacing
+from workloads.jobs import Workload, workload_digest
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
@@ -90,7 +89,7 @@ def replay_all(
     code = [path.read_bytes() for path in CODE]
     jobs = {scenario: workload_digest(workload) for scenario, workload in workloads.items()}
     files = [
-        folder and folder / f"{_digest(*code, jobs[scenario].encode(), policies[name].identity)[:24]}.npz"
+        folder and folder / f"{digest(*code, jobs[scenario].encode(), policies[name].identity)[:24]}.npz"
         for scenario, name in tasks
     ]
     with ExitStack() as stack:
@@ -158,20 +157,6 @@ def _keep(file: Path | None, found: Found) -> None:
     if file and not isinstance(found, str):
         with replacing(file) as temporary, open(temporary, "wb") as stream:
             np.savez_compressed(stream, start_time=found[0], node=found[1])
-
-
-def _digest(*parts: bytes) -> str:
-    """SHA-256 of the parts."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(hashlib.sha256(part).digest())
-    return total.hexdigest()
-
-
-def workload_digest(workload: Workload) -> str:
-    arrays = [getattr(workload.jobs, column.name) for column in fields(workload.jobs)]
-    arrays += [workload.segments, workload.cluster.capacity, workload.cluster.speed]
-    return _digest(*(np.ascontiguousarray(array).tobytes() for array in arrays))
 
 
 def replaying(items: Iterable[T], total: int) -> Iterable[T]:

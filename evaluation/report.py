@@ -27,6 +27,7 @@ from evaluation.plots import (
     by_size,
     duration,
     gantt,
+    group_name,
     learning_curves,
     load_sweep,
     metric_bars,
@@ -38,6 +39,7 @@ from evaluation.plots import (
 from evaluation.replays import Replays, Scenario
 from evaluation.statistics import METRICS
 from policies import Policy
+from simulator.rules import RULES
 from simulator.schedule import METRIC, Schedule
 from workloads.files import replacing, write_json
 from workloads.load import workload_name
@@ -142,15 +144,16 @@ def _verdict(results: dict[str, Any], look: Look) -> str:
     """The report in a sentence: the best policy that is trained or plans, or where there is none the best rule."""
     metric, best = METRIC[results["objective"]], results["best_rule"]
     mean = {name: figures[metric]["mean"] for name, figures in results["policies"].items()}
-    contenders = [*results["trained"], *results["planned"]]
-    winner = min(contenders or mean, key=lambda name: mean[name])
+    standing = [name for name, about in results["trained"].items() if about["rule"]]
+    contenders = [name for name in (*results["trained"], *results["planned"]) if name not in standing]
+    winner = min(contenders, key=mean.__getitem__, default=best)
     text = f"{look.labels[winner]} has a mean {results['objective']} of {_with_unit(mean[winner], metric)}"
     for rule, figures in results["against"].items():
         figure = figures[winner][metric]
         if rule == winner or figure["mean"] is None:
             continue
         low, high = figure["ci95"]
-        text += f"; to {'the best rule, ' * (rule == best)}{rule}: {_percent(figure['mean'])}"
+        text += f"; to {'the best rule, ' * (rule == best)}{look.labels[rule]}: {_percent(figure['mean'])}"
         if low is not None:
             luck = "" if low * high > 0 else ", which may be luck"
             text += f" (95\u00a0% interval {_percent(low)} … {_percent(high)}{luck})"
@@ -158,7 +161,11 @@ def _verdict(results: dict[str, Any], look: Look) -> str:
         kind = "policies that are trained or plan" if results["planned"] else "trained policies"
         text += f"; it is the best of {len(contenders)} {kind}, picked on these very jobs"
     if winner == best:
-        text += f"; it is the best of the {len(mean)} policies compared"
+        text += f"; it is the best of the {len(mean)} policies compared, and of all rules"
+    if standing:
+        stand = "stand for rules" if len(standing) > 1 else "stands for a rule"
+        names = ", ".join(look.labels[name] for name in standing)
+        text += f"; {names} {stand}: training found nothing better"
     return f"{text}."
 
 
@@ -184,15 +191,16 @@ def _headline(results: dict[str, Any], look: Look) -> Section:
         row += ["–" if name == rule else _cell(figure["improvement"], share) for rule, figure in to.items()]
         closed = bound["closed"][name]
         rows.append([*row, "–" if closed is None else f"{100 * closed:.1f}\u00a0%"])
-    head = ["policy", f"mean {METRIC_NAMES[metric]}", *(f"to {rule}" for rule in rules)]
-    head += [*(f"P(better than {rule})" for rule in rules), "way to the bound"]
+    head = ["policy", f"mean {METRIC_NAMES[metric]}", *(f"to {look.labels[rule]}" for rule in rules)]
+    head += [*(f"P(better than {look.labels[rule]})" for rule in rules), "way to the bound"]
     tables = [Table(f"Mean {results['objective']} of a job", head, rows), _all_metrics(results, look)]
     tables += [_relative(results, look, rule) for rule in rules]
     plots = [metric_bars(results, look)] + [load_sweep(results, look)] * (len(results["loads"]) > 1)
-    return Section("Headline", [text, *_at_loads(results, look)], [], tables, _reading(results), plots)
+    idle = [results["nothing_to_schedule"]] if "nothing_to_schedule" in results else []
+    return Section("Headline", [text, *_at_loads(results, look)], idle, tables, _reading(results, look), plots)
 
 
-def _reading(results: dict[str, Any]) -> list[str]:
+def _reading(results: dict[str, Any], look: Look) -> list[str]:
     """How the headline is to be read."""
     metric, best = METRIC[results["objective"]], results["best_rule"]
     blocks = len(results["policies"][best][metric]["per_block"])
@@ -203,7 +211,8 @@ def _reading(results: dict[str, Any]) -> list[str]:
             "hard about a block cancels in the differences. P is the share of blocks in which the policy is better."
         )
     bound = (
-        f"The best rule, {best}, was picked with hindsight, on these very jobs. No schedule whatsoever has a mean "
+        f"The best rule, {look.labels[best]}, is the best of all {len(RULES)} rules and of those named in --policies, "
+        "picked with hindsight, on these very jobs. No schedule whatsoever has a mean "
         f"{results['objective']} below {_with_unit(results['bound']['mean'], metric)}; the last column is the share of "
         "the way from fifo to this lower bound. It is a Lagrangian relaxation (evaluation/lower_bound.py), and need "
         "not be reachable."
@@ -233,7 +242,7 @@ def _relative(results: dict[str, Any], look: Look, rule: str) -> Table:
         for name, figures in results["against"][rule].items()
         if name != rule
     ]
-    return Table(f"Means relative to {rule}", head, rows, folded=True)
+    return Table(f"Means relative to {look.labels[rule]}", head, rows, folded=True)
 
 
 def _payers(results: dict[str, Any], look: Look) -> Section:
@@ -367,8 +376,8 @@ def _learning(results: dict[str, Any], look: Look) -> Section:
         section.plots.append(performance_profile(results, look))
         section.text.append(
             "Runs that differ only in seed are taken together with rliable (Agarwal et al. 2021): a score is the cost "
-            f"of {results['best_rule']} over the policy's in a block, so above 1 is better than that rule. The "
-            "interquartile mean (IQM) leaves out the best and the worst quarter of all scores; its intervals come "
+            f"of {look.labels[results['best_rule']]} over the policy's in a block: above 1 is better than that rule. "
+            "The interquartile mean (IQM) leaves out the best and the worst quarter of all scores; its intervals come "
             "from rliable's bootstrap over seeds."
         )
     elif len(results["trained"]) == 1:
@@ -384,12 +393,12 @@ def _seeds_table(results: dict[str, Any], look: Look) -> Table:
             {"mean": found["iqm"], "ci95": found["ci95"] if len(found["runs"]) > 1 else [None, None]},
             lambda x: f"{x:.3f}",
         )
-        rows.append([group.split("__")[-1], str(len(found["runs"])), iqm, share(found["improvement"]), means])
+        rows.append([group_name(group, found), str(len(found["runs"])), iqm, share(found["improvement"]), means])
     head = [
         "runs",
         "seeds",
         "IQM of the scores",
-        f"P(better than {results['best_rule']})",
+        f"P(better than {look.labels[results['best_rule']]})",
         f"mean {METRIC_NAMES[metric]} of each",
     ]
     return Table("Training seeds together", head, rows)

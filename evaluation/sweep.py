@@ -39,6 +39,8 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from workloads.files import from_here
+
 ROOT = Path(__file__).parents[1]
 POLL = 0.5  # seconds between two looks at the runs
 
@@ -89,7 +91,7 @@ def optimise(args: Sweep) -> tuple[dict[str, Any], Table]:
         ],
         "stopped_early": len(study.get_trials(states=[TrialState.PRUNED])),
         "failed": len(study.get_trials(states=[TrialState.FAIL])),
-        "importances": importances, "best": f"python {description['program']} {best}",
+        "importances": importances, "best": f"python {from_here(ROOT / description['program'])} {best}",
     }  # fmt: skip
     console.print(f"The best again: {results['best']}", soft_wrap=True)
     return results, _table_of(results)

@@ -12,7 +12,7 @@ from simulator.schedule import METRIC
 from workloads.jobs import Workload
 
 YARDSTICK = "easy-fifo"
-CHAMPION, CANDIDATE = "champion/policy.onnx", "candidate-"  # their names in a comparison
+CHAMPION, CANDIDATE = "champion", "candidate-"  # how their names in a comparison begin
 BLOCKS = 20
 LEAST_RECORDED = 100  # jobs; of fewer, nothing is said about drift
 
@@ -27,7 +27,8 @@ def judge(results: dict[str, Any], objective: str, max_tail: float) -> dict[str,
     """The fields of an Evaluation that a comparison says something about.
 
     Args:
-        results: of `benchmark.py compare` with EASY-FIFO, rules, CHAMPION where there is one, and CANDIDATE + number.
+        results: of `benchmark.py compare` with EASY-FIFO, rules, CHAMPION where there is one, and CANDIDATE + number;
+            behind these names stands "/policy.onnx" or, where the file stands for a rule, which one.
 
     Raises:
         ValueError: no candidate could be compared.
@@ -49,7 +50,8 @@ def judge(results: dict[str, Any], objective: str, max_tail: float) -> dict[str,
         return {t: figure(difference(per_block[name], per_block[rival], weights)) for t, rival in known.items()}
 
     rules = {YARDSTICK: YARDSTICK, "best rule": best_rule}
-    gains, standing = against(best, {"champion": CHAMPION} | rules), against(CHAMPION, rules)
+    champion = next((name for name in cost if name.startswith(CHAMPION)), "")
+    gains, standing = against(best, {"champion": champion} | rules), against(champion, rules)
     rival = "champion" if "champion" in gains else YARDSTICK
     gain = gains[rival]
     p99, longest = tails[best]
@@ -60,7 +62,7 @@ def judge(results: dict[str, Any], objective: str, max_tail: float) -> dict[str,
         why = f"not surely better: {said}"
     else:
         why = said
-    number = int(best.partition("/")[0].removeprefix(CANDIDATE))
+    number = int(best.replace("/", " ").split()[0].removeprefix(CANDIDATE))
     better = best in allowed and gain.high < 0
     return {
         "candidate": number, "better": better, "why": why, "best_rule": best_rule, "gains": gains,

@@ -1,11 +1,12 @@
 """Who started when and where, and what that cost the jobs: waits, latencies, slowdowns, utilization."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from simulator.kernels import LATENCY, SLOWDOWN, SLOWDOWN_BOUND, TAIL, WAIT
-from workloads.jobs import Cluster, Jobs
+from workloads.jobs import Cluster, Jobs, Workload, offered_load
 
 OBJECTIVES = {"latency": LATENCY, "wait": WAIT, "slowdown": SLOWDOWN, "tail": TAIL}
 # What schedules are compared by: a property of `Schedule`.
@@ -71,3 +72,16 @@ class Schedule:
             "throughput": len(self.jobs) / makespan,
             "makespan": makespan,
         }
+
+
+def nothing_to_schedule(workload: Workload, waits: Iterable[np.ndarray]) -> str | None:
+    """A line that says so, where under none of some policies, whose waits float64[N] these are, more than one job in a
+    hundred waits: policies cannot differ there."""
+    share = max(float((wait > 1e-6).mean()) for wait in waits)
+    if share > 0.01:
+        return None
+    load = np.mean([offered_load(workload.jobs[first:last], workload.cluster) for first, last in workload.segments])
+    return (
+        f"{workload.name}: there is {'next to ' * (share > 0)}nothing to schedule: {share:.2%} of the jobs wait at "
+        f"all, and the offered load is {load:.1%} of what the cluster can do"
+    )

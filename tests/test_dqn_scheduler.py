@@ -28,6 +28,7 @@ from dqn_scheduler import (
 from policies import JOB_CHOICE, NODE_CHOICE
 from scheduler_env import SchedulerVectorEnv
 from simulator.observation import Layout, Observation
+from training.checkpoint import load
 from training.export import NEVER
 from workloads.load import load_workload
 
@@ -194,7 +195,7 @@ def test_a_run_updates_from_learning_starts_on_and_moves_its_target(tmp_path: Pa
         folder.mkdir()
         run = train(dqn_scheduler, folder, "--learning-starts", starts, "--tau", "1.0")
         assert ("losses/td_loss" in logged(run)) == updates
-        state = torch.load(run / "checkpoint.pt", weights_only=False)
+        state = load(run / "checkpoint.pt", torch.device("cpu"))
         assert state["replay"]["count"] == 64 and len(state["replay"]["obs"]) == 30
         assert all(torch.equal(state["target"][name], state["model"][name]) for name in state["model"])
         moved = [not torch.equal(state["average"][f"module.{name}"], state["model"][name]) for name in state["model"]]

@@ -97,11 +97,33 @@ def test_the_mask_is_in_three_places(cloud):
     obs, info = env.reset(seed=0)
     for _ in range(40):
         in_obs = env.unwrapped.split(obs).mask == 1
-        assert info["action_mask"].dtype == bool and info["action_mask"].any()
+        assert info["action_mask"].dtype == np.int8 and info["action_mask"].any()
         assert np.array_equal(in_obs, info["action_mask"]) and np.array_equal(in_obs, env.unwrapped.action_masks())
         obs, _, terminated, truncated, info = env.step(int(np.flatnonzero(info["action_mask"])[-1]))
         if terminated or truncated:
             obs, info = env.reset()
+
+
+def test_gymnasiums_own_sampler_takes_the_masks(cloud):
+    env = gym.make(ID, workload=cloud, **SHORT)
+    _, info = env.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in range(60):
+        action = env.action_space.sample(info["action_mask"])
+        assert info["action_mask"][action] == 1
+        _, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            _, info = env.reset()
+    for envs in (
+        gym.make_vec(ID, num_envs=4, workload=cloud, **SHORT),
+        gym.make_vec(ID, num_envs=4, vectorization_mode="sync", workload=cloud, **SHORT),
+    ):
+        _, infos = envs.reset(seed=0)
+        envs.action_space.seed(0)
+        for _ in range(60):
+            actions = envs.action_space.sample(tuple(infos["action_mask"]))
+            assert (infos["action_mask"][np.arange(4), actions] == 1).all()
+            infos = envs.step(actions)[4]
 
 
 def test_what_the_single_environment_returned_never_changes(cloud):

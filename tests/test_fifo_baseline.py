@@ -91,7 +91,7 @@ def test_two_in_the_same_second_have_folders_of_their_own(tmp_path: Path, monkey
     for _ in range(2):
         baseline(monkeypatch, "--workload", str(SMALL))
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert names == ["small__fifo_baseline__1__1700000000", "small__fifo_baseline__1__1700000001"]
+    assert names == ["small__fifo_baseline__1__1700000000", "small__fifo_baseline__1__1700000000-2"]
 
 
 @pytest.mark.slow
@@ -104,6 +104,17 @@ def test_tracking_with_no_way_to_log_in_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert last.startswith("fifo_baseline.py: --track: ") and last.endswith("or set WANDB_MODE=offline")
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_nobody_waits_and_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = "{0} {0}000 0 50 4 -1 -1 4 100 -1 1 1 1 1 1 1 -1 -1\n"
+    (tmp_path / "idle.swf").write_text("; MaxProcs: 8\n" + "".join(map(job.format, range(1, 51))))
+    baseline(monkeypatch, "--workload", "idle.swf")
+    assert "idle.swf: there is nothing to schedule: 0.00% of the jobs wait at all" in capsys.readouterr().err
+    baseline(monkeypatch, "--workload", str(SMALL))
+    assert "to schedule" not in capsys.readouterr().err
 
 
 def test_skipped_jobs_are_counted(

@@ -35,6 +35,7 @@ from scheduler_env import SchedulerVectorEnv  # noqa: E402
 from simulator.kernels import PATIENCE  # noqa: E402
 from simulator.replay import simulate  # noqa: E402
 from simulator.rules import tuned_rule  # noqa: E402
+from training.checkpoint import load  # noqa: E402
 from workloads.jobs import Workload  # noqa: E402
 from workloads.load import load_workload  # noqa: E402
 
@@ -87,7 +88,7 @@ def training(folder: Path) -> dict[str, Any]:
     events.Reload()
     tags = sorted(set(events.Tags()["scalars"]) - {"charts/SPS"})
     scalars = {tag: {str(event.step): event.value for event in events.Scalars(tag)} for tag in tags}
-    state = torch.load(run / "checkpoint.pt", weights_only=False)
+    state = load(run / "checkpoint.pt", torch.device("cpu"))
     reference = json.loads((run / "args.json").read_text())["reference"]
     return {"reference": reference, **scalars, "model": weights(state["model"]), "average": weights(state["average"])}
 

@@ -112,8 +112,9 @@ def test_hours_behind_a_file_are_its_patience(tmp_path: Path, stands_for: str | 
     assert patient.wait.max() < 0.9 * without.wait.max()
     plain = load_policy(f"{tmp_path}/run@3")
     policy = load_policy(f"{tmp_path}/run@3@2")
-    assert (plain.name, plain.reference) == ("run@3/policy.onnx", "easy-sjf@500")
-    assert (policy.name, policy.reference) == ("run@3/policy.onnx@2", "easy-sjf@2")
+    named = ("run@3 (= easy-sjf@500)", "run@3 (= easy-sjf@2)") if stands_for else None
+    assert (plain.name, policy.name) == (named or ("run@3/policy.onnx", "run@3/policy.onnx@2"))
+    assert (plain.reference, policy.reference) == ("easy-sjf@500", "easy-sjf@2")
     assert plain.identity != policy.identity
     for again in (policy, load_policy(policy.argument), pickle.loads(pickle.dumps(policy))):
         assert again.schedule(jobs)[0].start_time.tolist() == patient.start_time.tolist()

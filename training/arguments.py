@@ -7,18 +7,28 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
+from msgspec import Meta
 
 from workloads.reading import Reading
+
+# Ranges of flags, which `check` reads from their types
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+AtLeastOne = Annotated[float, Meta(ge=1)]
+Loads = Annotated[tuple[float, ...], Meta(gt=0)]  # each of them
 
 
 @dataclass
 class RunArgs(Reading):
     exp_name: str = "run"
     """the name of this experiment"""
-    seed: int = 1
+    seed: Natural = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
@@ -36,7 +46,7 @@ class RunArgs(Reading):
     """weights.pt of an earlier run of the same algorithm: what the networks start from, instead of at random"""
     run_name: str | None = None
     """the run's folder is runs/RUN_NAME, instead of one whose name ends with the time"""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: NotNegative = 30.0
     """a checkpoint is written after the first iteration and then every so many seconds: what a kill may cost"""
 
     workload: str = "cloud"
@@ -50,40 +60,40 @@ class RunArgs(Reading):
     reference: str = "auto"
     """the rule to start from, which rewards are relative to; auto: the one with the lowest mean and root mean square
     on training and validation; tuned: one that is fitted to the training jobs first"""
-    tune_generations: int = 50
+    tune_generations: Natural = 50
     """how long to fit a tuned one"""
-    patience: float = 0.8
+    patience: Share = 0.8
     """a job that has waited for this share of the longest accepted wait (see max_longest) goes first; 0: no such thing.
     A rule with a patience of its own keeps it"""
     reward: Literal["improvement", "cost"] = "improvement"
     """improvement over the reference, or cost"""
-    num_jobs: int = 512
+    num_jobs: Count = 512
     """jobs that arrive while the agent decides"""
-    warmup_jobs: int = 256
+    warmup_jobs: Natural = 256
     """jobs that the reference schedules before"""
-    followup_jobs: int = 512
+    followup_jobs: Natural = 512
     """jobs that the reference schedules after; their cost counts"""
-    episodes_in_a_row: int = 1
+    episodes_in_a_row: Count = 1
     """so many follow each other on one cluster, each beginning with the backlog that the agent left; more than a
     reference leaves after a warm-up. A row ends where a job is older than the last `warmup_jobs`"""
-    training_loads: tuple[float, ...] = (1.0,)
+    training_loads: Loads = (1.0,)
     """training jobs arrive so many times as fast, each of the factors as often: several prepare for busier times than
     the trace has had"""
-    queue_window: int = 64
+    queue_window: Annotated[int, Meta(ge=1, le=10_000)] = 64
     """how many queued jobs the agent sees, the oldest and those that the reference ranks first"""
     backfill: Literal["easy", "none"] = "easy"
     """what may happen while a reservation stands: backfilling or nothing"""
     lock_in: bool = False
     """RLScheduler's semantics: a chosen job holds the queue until it has started"""
-    num_evaluations: int = 10
+    num_evaluations: Natural = 10
     """how often the policy is replayed on the validation split, besides what it starts from; the best one is kept"""
-    validation_loads: tuple[float, ...] = (0.9, 1.0, 1.1)
+    validation_loads: Loads = (0.9, 1.0, 1.1)
     """it is replayed with arrivals compressed by these factors: one replay of a busy machine says little"""
-    validation_jobs: int = 65_000
+    validation_jobs: Count = 65_000
     """at most so many jobs are replayed, all loads together"""
-    max_tail: float = 1.2
+    max_tail: AtLeastOne = 1.2
     """the p99 of the wait on validation may be at most so many times EASY-FIFO's (without backfilling: FIFO's)"""
-    max_longest: float = 3.6
+    max_longest: AtLeastOne = 3.6
     """nobody may wait on validation for longer than so many times the longest wait under EASY-FIFO, on training or on
     validation"""
 
@@ -105,23 +115,37 @@ class RunArgs(Reading):
         return max(1, self.total_timesteps // self.decisions)
 
 
-def check(args: RunArgs, **least: int) -> None:
-    """Refuse what would fail later, and say less.
-
-    Args:
-        least: what other flags are at least.
+def check(args: RunArgs) -> None:
+    """Refuse what would fail later, and say less, or not at all: flags beyond the range that their type names.
 
     Raises:
         ValueError: a flag is out of its range.
     """
-    ranges = {"seed": 0, "num_envs": 1, "num_steps": 1, "max_tail": 1, "max_longest": 1, "checkpoint_seconds": 0}
-    for name, value in {**ranges, **least}.items():
-        if not getattr(args, name) >= value:  # nor is NaN
-            raise ValueError(f"{name} is {getattr(args, name)}; use {value} or more")
-    if args.queue_window > 10_000:
-        raise ValueError(f"queue_window is {args.queue_window}; use 10000 or less")
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        for meta in getattr(hint, "__metadata__", ()):
+            given = getattr(args, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if not _within(value, meta):
+                    raise ValueError(f"{name} is {value}; use {_range(meta)}")
     if not args.validation_loads or not args.training_loads:
         raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
+
+
+def _within(value: float, meta: Meta) -> bool:
+    """NaN is in no range."""
+    return (
+        (meta.ge is None or value >= meta.ge) and (meta.gt is None or value > meta.gt)
+        and (meta.le is None or value <= meta.le) and (meta.lt is None or value < meta.lt)
+    )  # fmt: skip
+
+
+def _range(meta: Meta) -> str:
+    """In words."""
+    least = f"{meta.ge} or more" if meta.ge is not None else f"more than {meta.gt}"
+    if meta.le is None and meta.lt is None:
+        return least
+    most = f"at most {meta.le}" if meta.le is not None else f"less than {meta.lt}"
+    return f"{meta.ge} to {meta.le}" if meta.ge is not None and meta.le is not None else f"{least}, {most}"
 
 
 A = TypeVar("A", bound=RunArgs)

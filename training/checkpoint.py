@@ -1,14 +1,22 @@
-"""checkpoint.pt: everything that a run needs to go on as if it had never been interrupted, whole or not there."""
+"""checkpoint.pt: everything that a run needs to go on as if it had never been interrupted, whole or not there.
+
+It is what `torch.save` writes, compressed by Zstandard: most places of queues, histories and windows are empty, or hold
+what was there before.
+"""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow
 import torch
 from torch import nn
 
 from workloads.files import replacing
+
+ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how such files begin (RFC 8878, 3.1.1)
 
 
 class Stateful(Protocol):
@@ -52,8 +60,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Raises OSError: there is no room for it; the one before is still there."""
     with replacing(path) as temporary:
         try:
-            torch.save(state, temporary, pickle_protocol=5)  # 2, the default, takes twice as long for arrays
-        except RuntimeError as error:  # how PyTorch says that a disk is full
+            with pyarrow.CompressedOutputStream(str(temporary), "zstd") as stream:
+                torch.save(state, stream, pickle_protocol=5)  # 2, the default, takes twice as long for arrays
+        except (RuntimeError, OSError) as error:  # how PyTorch and Arrow say that a disk is full
             raise OSError(
                 f"{path.parent}: {path.name} cannot be written; make room, then go on from the last one"
             ) from error
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """What was saved there; those of former versions are not compressed. Raises whatever a damage leads to."""
+    data = path.read_bytes()
+    if data.startswith(ZSTANDARD):
+        data = pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=False)

@@ -13,15 +13,40 @@ from workloads.load import workload_name
 
 
 def new_folder(workload: str, exp_name: str, seed: int) -> Path:
-    """Make runs/WORKLOAD__EXP_NAME__SEED__TIME. Of two runs that start in the same second one gets the next."""
-    for second in count(int(time.time())):
-        folder = Path("runs") / f"{workload_name(workload)}__{exp_name}__{seed}__{second}"
+    """Make runs/WORKLOAD__EXP_NAME__SEED__TIME, see `timed_folder`."""
+    return timed_folder(f"{workload_name(workload)}__{exp_name}__{seed}")
+
+
+def timed_folder(name: str) -> Path:
+    """Make runs/NAME__TIME; behind the time of others that start in the same second stands -2, -3, and so on. Whoever
+    makes a folder has it: no two runs ever share one."""
+    first = Path("runs") / f"{name}__{int(time.time())}"
+    for number in count(1):
+        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
         return folder
-    raise AssertionError("there is always another second")
+    raise AssertionError("there is always another number")
+
+
+def named_folder(name: str) -> Path:
+    """Make runs/NAME, which was free before the work (`free_folder`).
+
+    Raises:
+        ValueError: another run has been as fast.
+    """
+    folder = Path("runs") / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise _taken(folder) from None
+    return folder
+
+
+def _taken(folder: Path) -> ValueError:
+    return ValueError(f"{folder} is there already; go on with it by --resume {folder}, or give another --run-name")
 
 
 def free_folder(name: str) -> Path:
@@ -38,7 +63,7 @@ def free_folder(name: str) -> Path:
         with lock(folder):
             shutil.rmtree(folder)
     if folder.exists():
-        raise ValueError(f"{folder} is there already; go on with it by --resume {folder}, or give another --run-name")
+        raise _taken(folder)
     return folder
 
 

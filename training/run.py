@@ -41,15 +41,24 @@ from simulator.kernels import CLUSTER_FEATURES, JOB_FEATURES, NODE_FEATURES
 from simulator.rules import parse_rule
 from simulator.schedule import Schedule
 from training.arguments import RunArgs
-from training.checkpoint import Stateful, load_networks, networks, random_state, save, set_random_state
+from training.checkpoint import Stateful, load, load_networks, networks, random_state, save, set_random_state
 from training.export import FollowRule, check_export, export_onnx
-from training.folder import free_folder, lock, new_folder
+from training.folder import free_folder, lock, named_folder, new_folder
 from training.logs import CHARTS, end_wandb, log_start, log_success, log_validation, start_wandb
 from training.validation import TAILS, Validation
-from workloads.files import replacing, write_json
-from workloads.jobs import at_loads
+from workloads.files import digest, from_here, replacing, write_json
+from workloads.jobs import Workload, at_loads, workload_digest
 from workloads.load import load_workload
 from workloads.reading import quoted
+
+BENCHMARK = Path(__file__).parents[1] / "benchmark.py"
+
+
+UNNAMED = tuple(f"resource {r}" for r in range(16))  # in a record of states that do not name them
+
+
+class Changed(Exception):
+    """The workload of a run is not what it was when the run began."""
 
 
 class Run:
@@ -78,12 +87,20 @@ class Run:
         self.console = Console(stderr=True)
         self.say = partial(self.console.print, markup=False, soft_wrap=True)  # commands to copy
         self.device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+        if args.cuda and not torch.cuda.is_available():
+            if not self.resumed:
+                raise ValueError("--cuda: PyTorch finds no GPU here; leave it out")
+            self.say("PyTorch finds no GPU here: the run, which had one, goes on without.")
         torch.manual_seed(args.seed)
         torch.set_num_threads(1)  # the other cores are for the simulator, and for the halves of an update
         torch.backends.cudnn.deterministic = args.torch_deterministic
-        workload = load_workload(args.workload, "train", args)
+        workload = self.read_workload()
         workload.report()
         self.validation = Validation(args, workload, self.console)
+        # Of a trace these are all jobs, of a preset those of training.
+        self.jobs_sha256 = digest(*(workload_digest(w).encode() for w in (workload, self.validation.workload)))
+        if idle := self.validation.nothing_to_schedule():
+            self.say(idle)
         args.reference = self.validation.reference
         self.envs = SchedulerVectorEnv(
             args.num_envs, at_loads(workload, args.training_loads), num_jobs=args.num_jobs,
@@ -98,6 +115,20 @@ class Run:
         self.candidate: OnnxPolicy | None = None  # the one that was proposed last
         self.judged = -1  # the iteration that was judged last
         self.saved: int | None = None  # the number of decisions before the last checkpoint
+
+    def read_workload(self) -> Workload:
+        """Raises ValueError: it cannot be used; or where to resume a run from that was started elsewhere."""
+        args = self.args
+        try:
+            return load_workload(args.workload, "train", args)
+        except ValueError as error:
+            started = self.folder.resolve().parent.parent  # runs/RUN is there
+            if not self.resumed or Path(args.workload).exists() or not (started / args.workload).exists():
+                raise
+            raise ValueError(
+                f"{args.workload}: no such file here; the run's --workload names it. Resume from where the run was "
+                f"started: cd {shlex.quote(str(started))}"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +157,7 @@ class Run:
             if args.run_name is None:
                 self.folder = new_folder(args.workload, args.exp_name, args.seed)
             else:
-                self.folder.mkdir(parents=True)
+                self.folder = named_folder(args.run_name)
             self.open.enter_context(lock(self.folder))
         if args.track:
             start_wandb(self.folder, asdict(args), sync_tensorboard=True, id=self.folder.name, resume="allow")
@@ -229,13 +260,14 @@ class Run:
                 f"stands for {rule}, the rule that does best on training and validation."
             )
         if not finished:
-            script = Path(inspect.getfile(type(args))).name  # somebody's copy, it may be
+            script = from_here(Path(inspect.getfile(type(args))))  # somebody's copy, it may be
             self.say(f"Interrupted. Go on with: python {script} --resume {shlex.quote(str(self.folder))}")
         else:
             policies = *dict.fromkeys(("fifo", "easy-fifo", validation.best_rule)), str(self.folder / "policy.onnx")
             self.say(
-                f"Compare on the test split: python benchmark.py compare --workload {shlex.quote(args.workload)}"
-                f"{quoted(args.flags())} --objective {args.objective} --policies {shlex.join(policies)}"
+                f"Compare on the test split: python {from_here(BENCHMARK)} compare --workload "
+                f"{shlex.quote(args.workload)}{quoted(args.flags())} --objective {args.objective} "
+                f"--policies {shlex.join(policies)}"
             )
         return 0 if finished else 128 + self.signal
 
@@ -279,13 +311,14 @@ class Run:
 
     def export(self, network: nn.Module, file: str, rule: str | None) -> None:
         """Write a network into the folder; `rule`: it stands for that rule."""
-        args = self.args
+        args, names = self.args, self.envs.workload.cluster.resources
         metadata = {
             "version": VERSION, "algorithm": self.algorithm, "workload": args.workload, "objective": args.objective,
             "reference": rule or args.reference, "backfill": args.backfill, "lock_in": args.lock_in,
             "queue_window": args.queue_window, "nodes": self.layout.nodes, "resources": self.layout.resources,
             "job_features": JOB_FEATURES, "node_features": NODE_FEATURES, "cluster_features": CLUSTER_FEATURES,
             "steps": self.iteration * args.decisions, "seed": args.seed, "rule": rule,
+            "resource_names": None if names == UNNAMED[: len(names)] else names,
         }  # fmt: skip
         export_onnx(network, self.folder / file, self.layout, metadata)
 
@@ -315,16 +348,19 @@ class Run:
             "at_first": self.validation.at_first,
             "proposed": self.proposed and (self.proposed[0], (self.folder / "candidate.onnx").read_bytes()),
             "environments": self.envs.state_dict(),
+            "jobs_sha256": self.jobs_sha256,
             **random_state(),
         }
         save(self.folder / "checkpoint.pt", state)
         self.saved = self.iteration * self.args.decisions
 
     def restore(self) -> None:
-        """Raises ValueError: the checkpoint is damaged or from another version."""
+        """Raises ValueError: the checkpoint is damaged or from another version, or the workload is not what it was."""
         path = self.folder / "checkpoint.pt"
         try:
-            state = torch.load(path, map_location=self.device, weights_only=False)
+            state = load(path, self.device)
+            if state.get("jobs_sha256", self.jobs_sha256) != self.jobs_sha256:  # older checkpoints have none
+                raise Changed
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.iteration, self.judged = state["iteration"], state["judged"]
@@ -341,6 +377,11 @@ class Run:
                 (self.folder / "candidate.onnx").write_bytes(candidate)
                 self.replay_candidate(iteration)
             self.saved = self.iteration * self.args.decisions
+        except Changed:
+            raise ValueError(
+                f"{self.args.workload}: not the jobs that the run began with (their SHA-256 was "
+                f"{state['jobs_sha256'][:12]}, now it is {self.jobs_sha256[:12]}); put them back, or start a new run"
+            ) from None
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise ValueError(
                 f"{path}: not a checkpoint that can be resumed ({type(error).__name__}); start a new run"

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from policies import called
 from simulator.kernels import EASY, TETRIS, TUNED
 from simulator.replay import simulate
 from simulator.rules import RULES, parse_rule
-from simulator.schedule import METRIC, Schedule
+from simulator.schedule import METRIC, Schedule, nothing_to_schedule
 from training.arguments import RunArgs
 from training.judgement import Judgement, judge, some_runs
 from training.tuning import tune
@@ -91,6 +92,11 @@ class Validation:
         """Under the semantics of the run."""
         args, threads = self.args, os.cpu_count() or 1
         return simulate(workload, rule, segments, backfill=args.backfill, lock_in=args.lock_in, threads=threads)
+
+    def nothing_to_schedule(self) -> str | None:
+        """A line that says so, where under plain FIFO, under which most wait, hardly anybody does."""
+        schedules = self.replay("fifo", self.workload, self.segments)
+        return nothing_to_schedule(self.workload, [np.concatenate([schedule.wait for schedule in schedules])])
 
     def judge_rule(
         self, name: str, workload: Workload, segments: np.ndarray, objective: str | None = None
@@ -225,7 +231,7 @@ class Validation:
         known = ("fifo", "easy-fifo", "easy-sjf", "easy-saf", self.reference, self.best_rule)
         named = [(parse_rule(name).title, self.rules[name]) for name in dict.fromkeys((*known, *self.refused()))]
         if self.stands_for is not None:
-            named.append((f"{title} (= {parse_rule(self.stands_for).title})", self.rules[self.stands_for]))
+            named.append((called(title, parse_rule(self.stands_for).title), self.rules[self.stands_for]))
         files = {file: self.kept[file] for file in (POLICY, *TAILS) if file in self.kept}
         networks = {steps: (file, found) for file, (steps, found) in reversed(files.items())}  # POLICY's name first
         for steps, (file, found) in networks.items():

@@ -1,7 +1,9 @@
 """Files are written whole or not at all. Every room writes some, so this is in the lowest one."""
 
+import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,3 +41,16 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def digest(*parts: bytes) -> str:
+    """SHA-256 of the parts."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def from_here(path: Path) -> str:
+    """How a shell finds the file from where its user stands: for commands that are printed."""
+    return shlex.quote(os.path.relpath(path))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from workloads.files import digest
+
 MINUTE, HOUR, DAY, WEEK = 60.0, 3_600.0, 86_400.0, 7 * 86_400.0
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
@@ -124,6 +126,13 @@ class Workload:
                 "rules and policies then know what no scheduler can, and gains are too large",
                 file=sys.stderr,
             )
+
+
+def workload_digest(workload: Workload) -> str:
+    """SHA-256 of its jobs, segments and cluster: another one where anything would be replayed differently."""
+    arrays = [getattr(workload.jobs, column.name) for column in fields(workload.jobs)]
+    arrays += [workload.segments, workload.cluster.capacity, workload.cluster.speed]
+    return digest(*(np.ascontiguousarray(array).tobytes() for array in arrays))
 
 
 def offered_load(jobs: Jobs, cluster: Cluster) -> float:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from policy_files import META, ODD_METADATA, write_policy, write_random_policy
 import deployment.http_api
 import deployment.processes
 import deployment.service
+from deployment.contract import STATES, Refused, decode, in_order
 from deployment.service import Args, Service
 from policies import PolicyError, load_policy
 from simulator.moment import DEPTH
@@ -76,6 +78,47 @@ def test_every_decision_of_an_episode_is_the_simulators(tmp_path: Path, workload
         assert list(levels.values()) == list(range(len(levels), 0, -1))
         longest = max(longest, len(levels))
     assert longest > 16 and metric(session, "resourcerl_fallbacks_total") == 0
+
+
+def test_resources_are_names_that_a_policy_takes_in_any_order(tmp_path: Path) -> None:
+    names = ["cpu", "memory", "gpu"]
+    path = write_policy(tmp_path / "policy.onnx", resources=3, resource_names=names)
+    service = Service(Args(str(path)))
+    node = {"cpu": 8, "memory": 64, "gpu": 4}
+    demands = [{"cpu": 1, "memory": 60, "gpu": 1}, {"cpu": 2, "memory": 8, "gpu": 4}, {"cpu": 8, "memory": 1, "gpu": 0}]
+
+    def state(order: list[str], named: bool = True) -> bytes:
+        row = lambda amounts: [amounts[name] for name in order]  # noqa: E731
+        job = lambda k: {"id": k, "demand": row(demands[k]), "requested_time": 60}  # noqa: E731
+        return json.dumps(
+            {
+                "now": 100, "nodes": [{"name": "a", "capacity": row(node), "free": row(node | {"cpu": 6})}],
+                "queued": [job(0) | {"submit_time": 1}, job(1) | {"submit_time": 2}],
+                "finished": [job(2) | {"run_time": 5}], **({"resources": order} if named else {}),
+            }
+        ).encode()  # fmt: skip
+
+    expected = service.decide(state(names))
+    assert expected == service.decide(state(names, named=False))
+    for order in permutations(names):
+        assert service.decide(state(list(order))) == expected
+        found = decode(STATES, state(list(order)))
+        in_order(found, names)
+        assert found == decode(STATES, state(names))  # to the last amount
+    node |= {"disk": 1}
+    demands = [demand | {"disk": 1} for demand in demands]
+    for order in (["cpu", "memory", "disk"], ["cpu", "memory"], [*names, "disk"], ["cpu", "cpu", "gpu"]):
+        with pytest.raises(Refused, match="and the policy was trained with cpu, memory, gpu; use these names"):
+            service.decide(state(order))
+    unnamed = write_policy(tmp_path / "former.onnx", resources=3)  # of a version that did not know them
+    assert Service(Args(str(unnamed))).decide(state(["cpu", "memory", "disk"]))
+
+
+def test_a_file_that_stands_for_a_rule_is_called_so(tmp_path: Path) -> None:
+    path = write_policy(tmp_path / "run" / "policy.onnx", reference="easy-saf", rule="easy-saf")
+    service = Service(Args(str(path)))
+    assert service.describe()["name"] == "run (= easy-saf)"
+    assert json.loads(service.decide(json.dumps(STATE).encode()))["decided_by"] == "run (= easy-saf)"
 
 
 def test_planning_says_when_jobs_will_probably_start_and_on_how_many_samples() -> None:

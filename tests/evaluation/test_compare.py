@@ -274,6 +274,66 @@ def test_trained_policies_are_told_apart_and_get_the_same_jobs(run: Callable[...
     assert results["one/policy.onnx@1"]["wait"]["mean"] > 1.3 * results["one/policy.onnx"]["wait"]["mean"]
 
 
+def test_a_file_that_stands_for_a_rule_is_a_rule_and_is_called_so(
+    run: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nowhere is training credited with what a rule does, and the best rule is the best of all of them."""
+    name = "small__ppo_scheduler__1__1700000000-2"
+    write_policy(Path(name) / "policy.onnx", reference="easy-ljf", rule="easy-ljf", steps=0)
+    write_policy(Path("other/policy.onnx"))
+    small = ("compare", "--workload", SMALL, "--loads", 1.0, "--episode-jobs", 901, "--objective", "wait")
+    results = run(*small, "--policies", "easy-fifo", "easy-sjf", name, "other", "--report", "report")
+    standing = f"{name} (= easy-ljf)"
+    table = capsys.readouterr().out  # where long names fold
+    wait = {rule: figures["wait"]["mean"] for rule, figures in results["policies"].items()}
+    means = {rule: simulate(load_workload(SMALL, "test"), rule) for rule in RULES}
+    counted = 900 - results["counted_jobs"]
+    best = min(RULES, key=lambda rule: means[rule][0].wait[counted:].mean())
+    assert best not in ("fifo", "easy-fifo", "easy-sjf", "easy-ljf")  # named by nobody
+    assert list(wait) == ["easy-fifo", "easy-sjf", standing, "other/policy.onnx", "fifo", best]
+    assert wait[standing] == pytest.approx(means["easy-ljf"][0].wait[counted:].mean())
+    assert results["best_rule"] == best and "(=" in table and "easy-ljf)" in table
+    # other/policy.onnx follows easy-sjf by a network: it alone is credited
+    page = Path("report/report.md").read_text()
+    [verdict] = re.findall(r"^\*\*(.*)\*\*$", page, re.MULTILINE)
+    assert verdict.startswith("other has a mean wait") and f"the best rule, {best}:" in verdict
+    assert verdict.endswith("ppo_scheduler (seed 1) (= easy-ljf) stands for a rule: training found nothing better.")
+    # Alone with worse rules it is no contender, though it is the best that is named.
+    results = run(*small, "--policies", "easy-fifo", name, "--report", "report")
+    [verdict] = re.findall(r"^\*\*(.*)\*\*$", Path("report/report.md").read_text(), re.MULTILINE)
+    assert verdict.startswith(f"{best} has a mean wait") and "of all rules" in verdict
+    assert standing in results["plots"]["waits"]["share"]
+
+
+def idle_trace(path: Path, count: int, waiting: int = 0) -> None:
+    """Jobs of a minute an hour apart on a machine of eight; so many come with the one before them."""
+    job = "{0} {1} 0 60 8 -1 -1 8 100 -1 1 1 1 1 1 1 -1 -1\n"
+    times = [3600 * (k - (count - waiting <= k)) for k in range(count)]
+    path.write_text("; MaxProcs: 8\n" + "".join(job.format(k + 1, time) for k, time in enumerate(sorted(times))))
+
+
+def test_nobody_waits_and_it_says_so(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    idle_trace(Path("idle.swf"), 200)
+    said = "idle.swf: there is nothing to schedule: 0.00% of the jobs wait at all, and the offered load is 1.7% of what"
+    rest = ("--loads", 1.0, "--episode-jobs", 1000, "--report", "report")
+    results = run("compare", "--workload", "idle.swf", "--policies", "fifo", "easy-sjf", *rest)
+    assert f"benchmark.py: {said} the cluster can do\n" in capsys.readouterr().err
+    assert results["notes"] == [f"{said} the cluster can do"] and said in Path("report/report.md").read_text()
+    idle_trace(Path("idle.swf"), 1000, waiting=1)  # the 0.3 % of the test split
+    assert run("compare", "--workload", "idle.swf", "--policies", "fifo")["notes"][0].startswith(
+        "idle.swf: there is next to nothing to schedule: 0."
+    )
+    assert "notes" not in run("compare", "--workload", SMALL, "--policies", "easy-fifo")
+
+
+def test_two_files_that_stand_for_the_same_rule_are_told_apart(run: Callable[..., dict]) -> None:
+    for folder in ("one/run", "two/run"):
+        Path(folder).mkdir(parents=True)
+        write_policy(Path(folder) / "policy.onnx", reference="easy-saf@2", rule="easy-saf@2")
+    results = run("compare", "--workload", SMALL, "--policies", "one/run", "two/run/policy.onnx", "two/run@9")
+    assert list(results["policies"]) == ["one/run (= easy-saf@2)", "two/run (= easy-saf@2)", "run (= easy-saf@9)"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,10 +1,12 @@
 """Tests that take `algorithm` run for both learners."""
 
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from learners import SMALL, command, run_folder
+from places import ROOT
 
 import dqn_scheduler
 import ppo_scheduler
@@ -22,5 +24,6 @@ def finished(algorithm: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
     result = command(algorithm, folder, *SMALL[algorithm])
     assert result.code == 0, result.err
     assert "easy-sjf" in result.out and "fifo" in result.out  # the closing table
-    assert "Compare on the test split: python benchmark.py compare" in result.err
+    script = os.path.relpath(ROOT / "benchmark.py", folder)
+    assert f"Compare on the test split: python {script} compare" in result.err
     return run_folder(folder)

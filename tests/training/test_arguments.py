@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Literal, get_type_hints
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from learners import SMALL, command, script
+from msgspec import Meta, ValidationError, convert
 
 import dqn_scheduler
 import ppo_scheduler
+from training.arguments import check
 
 OF_ALL = [
     (("--resume", "nowhere"), ("args.json", "folder of a run")),
     (("--max-tail", "nan"), ("max_tail is nan",)),
     (("--max-tail", "0.5"), ("max_tail is 0.5",)),
     (("--checkpoint-seconds", "-1"), ("checkpoint_seconds is -1.0; use 0",)),
-    (("--queue-window", "20000"), ("queue_window is 20000",)),
-    (("--queue-window", "0"), ("queue_window", "at least 1")),
+    (("--queue-window", "20000"), ("queue_window is 20000; use 1 to 10000",)),
+    (("--queue-window", "0"), ("queue_window is 0; use 1 to 10000",)),
+    (("--total-timesteps", "-5"), ("total_timesteps is -5; use 1 or more",)),
+    (("--gamma", "1.5"), ("gamma is 1.5; use 0 to 1",)),
+    (("--training-loads", "1", "-2"), ("training_loads is -2.0; use more than 0",)),
+    (("--ema-decay", "1"), ("ema_decay is 1.0; use 0 or more, less than 1",)),
+    *([] if torch.cuda.is_available() else [(("--cuda",), ("--cuda: PyTorch finds no GPU here",))]),
     (("--workload", "nowhere.swf"), ("nowhere.swf", "presets")),
     (("--reference", "alphabetical"), ("alphabetical", "easy-")),
     (("--num-jobs", "100000"), ("lower num_jobs",)),
@@ -47,6 +58,33 @@ OF_DQN = [
 ]
 CASES = [(algorithm, *case) for algorithm in (ppo_scheduler, dqn_scheduler) for case in OF_ALL]
 CASES += [(ppo_scheduler, *case) for case in OF_PPO] + [(dqn_scheduler, *case) for case in OF_DQN]
+
+
+def ranges(algorithm: ModuleType) -> dict[str, Meta]:
+    hints = get_type_hints(algorithm.Args, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+@given(data=st.data())
+def test_every_flag_has_its_range(algorithm: ModuleType, data: st.DataObject) -> None:
+    """Within it nothing is refused, and outside, not a number included, the line names the flag and the range."""
+    found = ranges(algorithm)
+    numbers = {field.name for field in fields(algorithm.Args) if isinstance(field.default, int | float | tuple)}
+    free = {"torch_deterministic", "cuda", "track", "lock_in", "anneal_lr", "rule_bonus"}
+    free |= {"skip_bad_lines", "columns", "nodes"}  # which `Reading` looks at
+    assert numbers - set(found) <= free | {"batch_size", "minibatch_size", "num_iterations"}
+    check(algorithm.Args())
+    name = data.draw(st.sampled_from(sorted(found)))
+    meta, value = found[name], data.draw(st.integers(-3, 3) | st.floats(-3, 3) | st.just(float("nan")))
+    args = algorithm.Args()
+    setattr(args, name, (value,) if isinstance(getattr(args, name), tuple) else value)
+    try:
+        convert(value, Annotated[float, meta] if value == value else Literal["no number is"])  # msgspec's own judgement
+    except ValidationError:
+        with pytest.raises(ValueError, match=rf"^{name} is {value}; use .*\d"):
+            check(args)
+    else:
+        check(args)
 
 
 @pytest.mark.parametrize(("algorithm", "flags", "words"), CASES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,15 +22,19 @@ from learners import SMALL, begun, command, logged, run_folder, scalars, script,
 from places import ROOT
 from places import SMALL as SMALL_TRACE
 
+import dqn_scheduler
 import training.run
+from dqn_scheduler import Replay
 from policies import OnnxPolicy
+from simulator.observation import Layout
+from training.checkpoint import load, save
 from training.run import Run
 
 Change = pytest.MonkeyPatch
 
 
 def checkpoint_of(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoint.pt", weights_only=False)
+    return load(run / "checkpoint.pt", torch.device("cpu"))
 
 
 def in_iteration(monkeypatch: Change, number: int, happens: Callable[[Run], object]) -> None:
@@ -62,7 +67,8 @@ def test_an_interrupted_run_is_saved_and_equals_an_uninterrupted_one(
         stopped = command(algorithm, tmp_path, *SMALL[algorithm])
     run = run_folder(tmp_path)
     assert stopped.code == 130 and "Stopping" in stopped.err and "easy-sjf" in stopped.out
-    assert stopped.err.endswith(f"Go on with: python {algorithm.__name__}.py --resume runs/{run.name}\n")
+    said = f"Go on with: python {os.path.relpath(ROOT, tmp_path)}/{algorithm.__name__}.py --resume runs/{run.name}\n"
+    assert stopped.err.endswith(said)
     assert checkpoint_of(run)["iteration"] == 3
     assert list(scalars(run, "charts/SPS")) == [64, 128, 192]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -217,6 +223,22 @@ def test_the_first_checkpoint_is_written_at_once_and_others_as_often_as_asked_fo
     assert told == [*range(1, 9), 8]
 
 
+def test_a_checkpoint_by_default_flags_is_small(tmp_path: Path) -> None:
+    """A replay memory and environments as large as DQN's by default, which are all but empty so far: 640 MB."""
+    layout, clusters = Layout(64, 8, 2), dqn_scheduler.Args.num_envs
+    replay = Replay(dqn_scheduler.Args.buffer_steps, clusters, layout.size, torch.device("cpu"))
+    obs = torch.zeros(clusters, layout.size)
+    for step in range(128):  # every cluster has three jobs in its queue, each a row of 16 features, one of which moves
+        obs[:, :48] = torch.rand(clusters, 48, generator=torch.Generator().manual_seed(1))
+        obs[:, 0] = torch.rand(clusters, generator=torch.Generator().manual_seed(step))
+        replay.add(obs, *torch.zeros(3, clusters))
+    save(tmp_path / "checkpoint.pt", {"replay": replay.state_dict()})
+    assert replay.obs.nbytes > 500e6 and (tmp_path / "checkpoint.pt").stat().st_size < 10e6
+    again = Replay(128, clusters, layout.size, torch.device("cpu"))
+    again.load_state_dict(load(tmp_path / "checkpoint.pt", torch.device("cpu"))["replay"])
+    assert torch.equal(again.obs, replay.obs) and again.obs.stride() == replay.obs.stride() and again.count == 128
+
+
 def test_two_do_not_work_on_the_same_run(tmp_path: Path, algorithm: ModuleType) -> None:
     def another(run: Run) -> None:
         second = command(algorithm, tmp_path, "--resume", str(run.folder))
@@ -248,6 +270,37 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished: Path, tmp_path: P
     result = command(algorithm, tmp_path, "--resume", str(tmp_path))
     assert result.code == 2 and "checkpoint.pt" in result.last and result.last.endswith("start a new run")
     assert "Traceback" not in result.err
+
+
+def test_a_run_does_not_go_on_with_other_jobs(tmp_path: Path, algorithm: ModuleType) -> None:
+    """Its trace has been written anew: what it has learnt and what it is judged by would be two things."""
+    trace = tmp_path / "mine.swf"
+    shutil.copy(SMALL_TRACE, trace)
+    run = begun(algorithm, tmp_path, "--workload", "mine.swf")
+    run.checkpoint()
+    before = {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    lines = trace.read_text().splitlines()
+    fields = lines[-1].split()
+    trace.write_text("\n".join([*lines[:-1], " ".join([*fields[:3], str(int(fields[3]) + 1), *fields[4:]])]) + "\n")
+    result = command(algorithm, tmp_path, "--resume", str(run.folder))
+    assert result.code == 2 and result.last.startswith("error: mine.swf: not the jobs that the run began with (their")
+    assert result.last.endswith("put them back, or start a new run") and "Traceback" not in result.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_names_its_trace_relatively_says_from_where_to_resume(
+    finished: Path, tmp_path: Path, algorithm: ModuleType
+) -> None:
+    (here := tmp_path / "elsewhere").mkdir()
+    (run := tmp_path / "runs" / "mine").mkdir(parents=True)
+    stored = json.loads((finished / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(stored | {"workload": "mine.swf"}))
+    shutil.copy(SMALL_TRACE, tmp_path / "mine.swf")
+    result = command(algorithm, here, "--resume", "../runs/mine")
+    assert result.code == 2 and result.last == (
+        "error: mine.swf: no such file here; the run's --workload names it. Resume from where the run was started: "
+        f"cd {tmp_path}"
+    )
 
 
 def test_a_checkpoint_of_another_network_is_refused(finished: Path, tmp_path: Path, algorithm: ModuleType) -> None:
@@ -351,5 +404,5 @@ def test_kill_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()
-        state = torch.load(path, weights_only=False)
+        state = load(path, torch.device("cpu"))
         assert (state["x"] == state["k"]).all()

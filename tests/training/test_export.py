@@ -16,6 +16,7 @@ from policies import load_policy
 from scheduler_env import SchedulerVectorEnv
 from simulator.observation import Layout, Observation
 from simulator.replay import simulate
+from training.checkpoint import load
 from training.export import export_onnx
 from workloads.load import load_workload
 
@@ -32,7 +33,7 @@ def trained_logits(agent: torch.nn.Module, parts: Observation) -> torch.Tensor:
 
 
 def test_exported_policy_equals_the_agent(finished: Path, tmp_path: Path, algorithm: ModuleType) -> None:
-    state = torch.load(finished / "checkpoint.pt", weights_only=False)
+    state = load(finished / "checkpoint.pt", torch.device("cpu"))
     agent = algorithm.Agent(1)
     agent.load_state_dict(state["model"])
     path = tmp_path / "again.onnx"

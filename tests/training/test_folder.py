@@ -12,7 +12,7 @@ import pytest
 from places import ROOT
 
 import training.folder
-from training.folder import free_folder, lock, new_folder
+from training.folder import free_folder, lock, named_folder, new_folder
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,8 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(monkeypatc
     monkeypatch.setattr(training.folder, "time", SimpleNamespace(time=lambda: 1_700_000_000.5))
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: new_folder("a/small.swf.gz", "ppo", 3), range(8)))
-    assert sorted(map(str, folders)) == [f"runs/small__ppo__3__{1_700_000_000 + k}" for k in range(8)]
+    behind = ["", *(f"-{number}" for number in range(2, 9))]
+    assert sorted(map(str, folders)) == [f"runs/small__ppo__3__1700000000{suffix}" for suffix in behind]
     assert all(folder.is_dir() for folder in folders)
 
 
@@ -55,6 +56,18 @@ def test_a_name_is_not_free_if_its_run_came_further(name: str) -> None:
     (folder / name).write_text("")
     with pytest.raises(ValueError, match="runs/a is there already"):
         free_folder("a")
+
+
+def test_of_all_that_take_the_same_name_at_once_one_gets_it() -> None:
+    def take(_: int) -> str:
+        try:
+            return str(named_folder("a"))
+        except ValueError as error:
+            return str(error)[:22]
+
+    with ThreadPoolExecutor(8) as pool:
+        said = sorted(pool.map(take, range(8)))
+    assert said == ["runs/a", *["runs/a is there already"[:22]] * 7]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/"])

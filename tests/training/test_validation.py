@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
-from learners import SMALL, scalars, train
+from learners import SMALL, command, scalars, train
 from rich.console import Console
 
 import ppo_scheduler
@@ -170,3 +170,12 @@ def test_a_run_learns_from_the_tail_and_is_judged_by_its_objective(tmp_path: Pat
     assert load_policy(str(run)).metadata.objective == "wait"
     costs, waits = scalars(run, "eval/cost"), scalars(run, "eval/wait")
     assert waits and all(0.5 < costs[step] / waits[step] < 2 for step in waits)  # seconds, not their squares
+
+
+def test_nobody_waits_and_it_says_so(tmp_path: Path) -> None:
+    job = "{0} {0}000 0 50 4 -1 -1 4 100 -1 1 1 1 1 1 1 -1 -1\n"
+    (tmp_path / "idle.swf").write_text("; MaxProcs: 8\n" + "".join(map(job.format, range(1, 801))))
+    flags = (*SMALL[ppo_scheduler], "--workload", "idle.swf", "--total-timesteps", "64")
+    result = command(ppo_scheduler, tmp_path, *flags)
+    assert result.code == 0, result.err
+    assert "idle.swf: there is nothing to schedule: 0.00% of the jobs wait at all" in result.err
