@@ -153,7 +153,7 @@ def test_the_planned_gain_of_an_action_is_what_it_gains_where_all_is_known(workl
     _, info = env.reset(seed=0, options={"first": [int(env.envs.workload.segments[0, 0])]})
     whole, over, rng = float(env.envs._core.batch.s["cost"][0]), False, np.random.default_rng(0)
     while not over:
-        gains, mask = info["planned_gain"], info["action_mask"]
+        gains, mask = info["planned_gain"], info["action_mask"].astype(bool)
         assert (np.isnan(gains) == ~mask).all()
         assert gains[env.envs.rule_actions()[0]] == pytest.approx(0, abs=1e-3)
         action = int(rng.choice(np.flatnonzero(mask)))
