@@ -223,10 +223,11 @@ print(peak() - before)
     assert 10 < float(in_a_new_process(code)) < 500
 
 
-def test_import_takes_less_than_a_second():
-    """Of processor time, which a busy machine does not lengthen by much; the least of three."""
-    code = "import time; begin = time.process_time(); import scheduler_env; print(time.process_time() - begin)"
-    assert min(float(in_a_new_process(code)) for _ in range(3)) < 1.5
+def test_import_takes_little_longer_than_that_of_its_libraries():
+    """Processor time, the least of three, whatever the machine's speed today."""
+    code = "import time, numpy, numba, gymnasium; before = time.process_time(); import scheduler_env; "
+    code += "print((time.process_time() - before) / before)"
+    assert min(float(in_a_new_process(code)) for _ in range(3)) < 0.5
 
 
 def test_import_does_not_bring_a_learning_framework_along():

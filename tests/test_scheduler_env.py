@@ -257,7 +257,7 @@ def test_an_illegal_action_counts_as_the_first_legal_one(workload, seed, reward)
 
     def illegal(env: SchedulerEnv, mask: np.ndarray) -> int:
         meant.append(int(mask.argmax()))
-        return int(rng.choice([*np.flatnonzero(~mask), -1, len(mask), 10**9]))
+        return int(rng.choice([*np.flatnonzero(mask == 0), -1, len(mask), 10**9]))
 
     wrong = play(environment(workload, reward=reward), illegal)
     right = play(environment(workload, reward=reward), again(meant))

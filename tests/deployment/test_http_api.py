@@ -57,7 +57,11 @@ def test_predict_is_the_policys(tmp_path: Path) -> None:
 def test_model_and_health(tmp_path: Path) -> None:
     session = client(str(write_policy(tmp_path / "policy.onnx")))
     model = session.get("/v1/model").json()
-    assert model["metadata"] == META and model["fallback"] == "easy-sjf" and len(model["version"]) == 12
+    assert (
+        model["metadata"] == META | {"resource_names": None}
+        and model["fallback"] == "easy-sjf"
+        and len(model["version"]) == 12
+    )
     assert session.get("/healthz").json() == {"status": "ok"}
     assert session.get("/readyz").json() == {"status": "ok", "version": model["version"]}
     assert client("easy-saf").get("/v1/model").json()["metadata"] is None
