@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from policies import load_policy
 from simulator.schedule import Schedule, nothing_to_schedule
+from training.arguments import Natural, check_ranges
 from training.folder import new_folder
 from training.logs import log_flags, start_wandb
 from workloads.files import check_output, write_json
@@ -39,7 +40,7 @@ EVAL = (*CHARTS, "wait_p99")
 class Args(Reading):
     exp_name: str = "fifo_baseline"
     """the name of this experiment"""
-    seed: int = 1
+    seed: Natural = 1
     """part of the run's name, as an agent's; rules always choose the same"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
@@ -94,6 +95,7 @@ def log(schedules: list[Schedule], writer: SummaryWriter) -> None:
 
 def run(args: Args) -> dict[str, dict[str, float]]:
     """Replay and log every rule. Returns their figures."""
+    check_ranges(args)
     workload = load_workload(args.workload, args.split, args)
     rules = [load_policy(name) for name in dict.fromkeys(args.rules)]  # a wrong name ends it before anything is written
     if not rules:

@@ -17,6 +17,7 @@ from rich.progress import track
 
 from simulator.replay import simulate
 from simulator.rules import RULES, parse_rule
+from training.arguments import Natural, check_ranges
 from training.judgement import costs
 from training.tuning import tune
 from workloads.jobs import at_loads
@@ -30,13 +31,14 @@ class Args(Reading):
     """a preset (cloud, hpc, manufacturing, datacenter, tasks), or the path of a trace or table (.swf, .csv, ...)"""
     objective: Literal["latency", "wait", "slowdown"] = "latency"
     """what to minimise"""
-    seed: int = 1
+    seed: Natural = 1
     """seed of the fit"""
-    generations: int = 50
+    generations: Natural = 50
     """of CMA-ES, 14 candidates each"""
 
 
 def main(args: Args) -> None:
+    check_ranges(args)
     console = Console(stderr=True)
     workload = load_workload(args.workload, "train", args)
     workload.report()

@@ -90,6 +90,7 @@ def check(args: Args) -> None:
         ("max-wait", args.max_wait, args.max_wait >= 0, "seconds, 0 or more (inf: without end)"),
         ("max-nice", args.max_nice, args.max_nice >= 1, "1 or more"),
         ("interval", args.interval, 0 < args.interval <= threading.TIMEOUT_MAX, "seconds, more than 0"),
+        ("hindsight", args.hindsight, args.hindsight >= 0, "seconds, 0 or more"),
         ("metrics-port", port, 0 <= port <= 65_535, "a port up to 65535"),
     ):
         if not fits:

@@ -67,6 +67,7 @@ def test_what_is_logged_printed_and_written(
         (("--workload", "empty.swf"), "empty.swf: line"),
         (("--output", "nowhere/results.json"), "--output nowhere/results.json: there is no folder nowhere"),
         (("--output", "."), "--output .: a folder"),
+        (("--seed", "-1"), "seed is -1; use 0 or more"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

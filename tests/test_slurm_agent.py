@@ -51,6 +51,7 @@ def test_what_cannot_start_says_why(tmp_path: Path) -> None:
     ("flag", "value"),
     [
         ("--metrics-port", "99999"), ("--metrics-port", "-1"), ("--max-nice", "-5"), ("--max-nice", "0"),
+        ("--hindsight", "-1"), ("--hindsight", "nan"),
         ("--interval", "0"), ("--interval", "nan"), ("--interval", "inf"), ("--max-wait", "nan"), ("--max-wait", "-1"),
     ],
 )  # fmt: skip

@@ -116,10 +116,21 @@ class RunArgs(Reading):
 
 
 def check(args: RunArgs) -> None:
-    """Refuse what would fail later, and say less, or not at all: flags beyond the range that their type names.
+    """Refuse what would fail later, and say less, or not at all.
 
     Raises:
         ValueError: a flag is out of its range.
+    """
+    check_ranges(args)
+    if not args.validation_loads or not args.training_loads:
+        raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
+
+
+def check_ranges(args: object) -> None:
+    """Of a command's flags, those whose type names a range.
+
+    Raises:
+        ValueError: one is beyond it.
     """
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         for meta in getattr(hint, "__metadata__", ()):
@@ -127,8 +138,6 @@ def check(args: RunArgs) -> None:
             for value in given if isinstance(given, tuple) else (given,):
                 if not _within(value, meta):
                     raise ValueError(f"{name} is {value}; use {_range(meta)}")
-    if not args.validation_loads or not args.training_loads:
-        raise ValueError("no load is given; name one behind --validation-loads and --training-loads, or leave them out")
 
 
 def _within(value: float, meta: Meta) -> bool:

@@ -200,3 +200,10 @@ def test_script_prints_the_rule(tmp_path: Path) -> None:
     assert "tuned " in result.stderr and "easy-fifo" in result.stderr
     result = subprocess.run([*command[:-1], "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and result.stderr.startswith("error: nowhere: no such file")
+
+
+@pytest.mark.parametrize("flags", [{"seed": -1}, {"generations": -1}])
+def test_numbers_out_of_range_are_refused(flags: dict[str, int]) -> None:
+    [name] = flags
+    with pytest.raises(ValueError, match=f"{name} is -1; use 0 or more"):
+        tuned_rule_command.main(tuned_rule_command.Args(**flags))
