@@ -134,6 +134,8 @@ def check_ranges(args: object) -> None:
     """
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         for meta in getattr(hint, "__metadata__", ()):
+            if not isinstance(meta, Meta):
+                continue  # tyro's
             given = getattr(args, name)
             for value in given if isinstance(given, tuple) else (given,):
                 if not _within(value, meta):
