@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def start_wandb(folder: Path, config: dict[str, Any], **options: Any) -> None:
     """Begin to track the run in this folder; options: as of `wandb.init`.
 
     Raises:
-        ValueError: nobody is logged in, or W&B cannot be reached. The folder is gone again, if it was empty.
+        ValueError: nobody is logged in, or W&B cannot be reached. The folder is gone again, if it was new.
     """
     import wandb
 
@@ -44,8 +45,8 @@ def start_wandb(folder: Path, config: dict[str, Any], **options: Any) -> None:
             save_code=True, **options,
         )  # fmt: skip
     except wandb.Error as error:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        if {file.name for file in folder.iterdir()} <= {"lock"}:
+            shutil.rmtree(folder)
         raise ValueError(f"--track: {error}; run wandb login, or set WANDB_MODE=offline") from error
 
 
