@@ -49,12 +49,12 @@ loop: setup setup-temporal
 
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-# Style, types, the mathematics, the simulator, all file formats, a short run of each command: under 6 minutes.
+# Style, types, the mathematics, the simulator, all file formats, a short run of each command: some six minutes.
 test: setup-dev setup-temporal
 	$(MAKE) --no-print-directory --jobs 2 lint kernels
 	$(PYTEST)
 
-# And what takes longer: every line of the docs typed in a shell, W&B's engine, a real Slurm, kills; some 20 minutes together.
+# And what takes longer: every line of the docs typed in a shell, W&B's engine, a real Slurm, kills; 20 to 40 minutes together.
 test-all: test
 	$(PYTEST) -m slow
 
