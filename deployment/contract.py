@@ -16,10 +16,13 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from simulator.moment import ClusterState
 from workloads.jobs import Cluster, Jobs, WorkloadError
+from workloads.reading import MILLISECONDS
 
 # gc=False: none of these can refer to itself, and a request has hundreds.
 Id = str | int
-Time = Annotated[float, Meta(ge=0, le=1e11, description="seconds; all times have one origin, Unix time for example")]
+Time = Annotated[
+    float, Meta(ge=0, le=MILLISECONDS, description="seconds; all times have one origin, Unix time for example")
+]
 Duration = Annotated[float, Meta(gt=0, le=1e9, description="seconds")]
 Amount = Annotated[float, Meta(ge=0, le=1e18)]
 Amounts = Annotated[list[Amount], Meta(min_length=1, max_length=16, description="one number per resource")]

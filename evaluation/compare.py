@@ -152,8 +152,8 @@ def _mean_of_seeds(replays: Replays, name: str, own: list[str], policies: dict[s
     best = min(rules, key=lambda rule: per_block[rule].mean(), default=first)
 
     def against(other: str) -> str:
-        found = difference(mean, per_block[other], weights)
-        return f"{_with_interval(found, '+.1f', ' %')} to {other}".replace("\n", " (", 1).replace(" to ", ") to ", 1)
+        change, _, interval = _with_interval(difference(mean, per_block[other], weights), "+.1f", " %").partition("\n")
+        return f"{change}{interval and f' ({interval})'} to {other}"
 
     def tails(names: list[str]) -> str:
         longest = [tail(replays.waits(one)) for one in names]

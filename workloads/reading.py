@@ -10,7 +10,7 @@ import numpy as np
 
 from workloads.jobs import DAY, WorkloadError
 
-MILLISECONDS = 1e11  # a time of more seconds is none (the service's contract says the same)
+MILLISECONDS = 1e11  # a time of more seconds is none
 LONGEST = 20 * 365 * DAY  # seconds that a trace may span; in milliseconds a week
 MOST_BAD = 0.01  # of the lines: with more it is the file that is wrong
 
