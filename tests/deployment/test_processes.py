@@ -84,7 +84,7 @@ def test_ready_soon_and_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     with running("--policy", "easy-sjf") as session:  # 1 s where nothing else runs
         took = psutil.Process(session.process.pid).cpu_times()
-        assert took.user + took.system < 5
+        assert took.user + took.system < 15  # a processor may be three times slower than usual
 
 
 def test_a_new_file_is_loaded_and_a_damaged_one_refused_without_a_dropped_request(tmp_path: Path) -> None:
